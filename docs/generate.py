@@ -1,0 +1,76 @@
+"""Writes the pages of the documentation that are drawn from the code: ``make docs``. A test fails when one is stale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
+
+DOCS = Path(__file__).resolve().parent
+
+
+def _owner(state: TagState) -> str:
+    if state in KERNEL_OWNS:
+        return "kernel"
+    return "server, which owes an answer" if state in SERVER_OWES else "nobody's turn"
+
+
+def _diagram() -> list[str]:
+    lines = ["```mermaid", "stateDiagram-v2", "    [*] --> UNFETCHED"]
+    for state, row in TRANSITIONS.items():
+        lines += [
+            f"    {state.name} --> {after.name}: {event.name}"
+            for event, after in row.items()
+            if event is not TagEvent.RING_CLOSED
+        ]
+    return [*lines, "    CLOSED --> [*]", "```"]
+
+
+def _table() -> list[str]:
+    lines = ["| state | " + " | ".join(event.name for event in TagEvent) + " |", "|---" * (len(TagEvent) + 1) + "|"]
+    for state in TagState:
+        cells = (TRANSITIONS[state].get(event) for event in TagEvent)
+        lines.append(f"| **{state.name}** | " + " | ".join(cell.name if cell is not None else "" for cell in cells) + " |")
+    return lines
+
+
+def tag_page() -> str:
+    """The page about the tag state machine."""
+    return "\n".join(
+        [
+            "# The tag state machine",
+            "",
+            "Drawn from the tables in `ublk_trio/tag.py` by `make docs`. RING_CLOSED leads from every state to CLOSED and is left",
+            "out of the diagram.",
+            "",
+            *_diagram(),
+            "",
+            "| state | meaning | whose turn |",
+            "|---|---|---|",
+            *(f"| {state.name} | {STATE_MEANING[state]} | {_owner(state)} |" for state in TagState),
+            "",
+            "| event | meaning |",
+            "|---|---|",
+            *(f"| {event.name} | {EVENT_MEANING[event]} |" for event in TagEvent),
+            "",
+            "What each event makes of each state. An empty cell is an illegal event: it raises `IllegalTagEventError` and",
+            "changes nothing.",
+            "",
+            *_table(),
+            "",
+        ]
+    )
+
+
+#: Every generated page, by file name.
+PAGES = {"tag.md": tag_page}
+
+
+def main() -> None:
+    for name, page in PAGES.items():
+        (DOCS / name).write_text(page())
+        print(f"wrote docs/{name}")
+
+
+if __name__ == "__main__":
+    main()
