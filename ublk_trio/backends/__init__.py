@@ -1,0 +1,49 @@
+"""What a disk is made of: the `Backend` class, and the backends that come with the package."""
+
+from __future__ import annotations
+
+from ublk_trio.backends.asynchronous import as_async
+from ublk_trio.backends.base import (
+    Backend,
+    CanDiscard,
+    CanFlush,
+    CanWrite,
+    CanWriteZeroes,
+    Done,
+    Result,
+    capabilities,
+    check_geometry,
+    fill_zeroes,
+    is_async,
+)
+from ublk_trio.backends.file import File, ThreadedFile
+from ublk_trio.backends.memory import Memory
+from ublk_trio.backends.null import Null
+from ublk_trio.backends.sizes import format_size, parse_size
+from ublk_trio.backends.spec import KINDS, Kind, Option, parse_backend, register
+
+__all__ = [
+    "KINDS",
+    "Backend",
+    "CanDiscard",
+    "CanFlush",
+    "CanWrite",
+    "CanWriteZeroes",
+    "Done",
+    "File",
+    "Kind",
+    "Memory",
+    "Null",
+    "Option",
+    "Result",
+    "ThreadedFile",
+    "as_async",
+    "capabilities",
+    "check_geometry",
+    "fill_zeroes",
+    "format_size",
+    "is_async",
+    "parse_backend",
+    "parse_size",
+    "register",
+]
