@@ -1,0 +1,37 @@
+"""A Linux kernel's ublk driver and block layer, simulated in this process.
+
+`SimKernel` is to the engine what the real kernel is, and `SimKernel.block_device` gives what an application sees of the disks. No root, no Linux, no time and
+no chance: every free decision comes from one `Choices`, so a run replays exactly. Each module says what it supports, what it rejects and where it differs from Linux.
+"""
+
+from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
+from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
+from ublk_trio.kernel_sim.choices import (
+    Choice,
+    Choices,
+    DrawnChoices,
+    FirstChoice,
+    RecordedChoices,
+    ReplayDivergedError,
+    SeededChoices,
+    hypothesis_choices,
+)
+from ublk_trio.kernel_sim.kernel import SimKernel
+from ublk_trio.kernel_sim.version import KernelVersion
+
+__all__ = [
+    "Bio",
+    "Choice",
+    "Choices",
+    "DrawnChoices",
+    "FirstChoice",
+    "KernelVersion",
+    "RecordedChoices",
+    "ReplayDivergedError",
+    "SeededChoices",
+    "SimBlockDevice",
+    "SimKernel",
+    "SimulatorViolationError",
+    "Violation",
+    "hypothesis_choices",
+]

@@ -1,0 +1,85 @@
+"""Catching servers that break the contract in ways that a real kernel lets pass.
+
+**Supported.** Two lists on the kernel: `violations` (the server is wrong) and `notes` (it waits for itself, or will). With
+``paranoid`` the content of every buffer that the kernel owns is poison: a server that writes to it is found when the kernel
+gives it back, and one that reads it gets garbage.
+**Rejected.** Nothing: checks never change what a command returns.
+**Differs from Linux.** A real kernel leaves the buffers' content alone. Large buffers are poisoned at their first and last
+4 KiB and over the bytes that the last request moved; damage elsewhere is not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import attrs
+
+EDGE_BYTES: Final = 4096
+
+
+class SimulatorViolationError(AssertionError):
+    """The server broke the kernel's contract. Raised by `SimKernel.check` only, never by a ring's calls."""
+
+    def __init__(self, violations: Sequence[Violation]) -> None:
+        self.violations = tuple(violations)
+        super().__init__("\n".join(str(violation) for violation in violations))
+
+
+@attrs.frozen(kw_only=True)
+class Violation:
+    """One breach: ``kind`` is stable and meant for tests, ``text`` for people."""
+
+    kind: str
+    dev_id: int
+    queue_id: int
+    tag: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"device {self.dev_id} queue {self.queue_id} tag {self.tag}: {self.kind}: {self.text}"
+
+
+# A period that divides no power of two: shifted copies of the pattern differ from it.
+_PERIOD: Final = bytes(0x80 | (7 * i + 3) % 127 for i in range(127))
+_pattern = _PERIOD * (2 * EDGE_BYTES // len(_PERIOD) + 1)
+_EDGE: Final = _pattern[:EDGE_BYTES]
+
+
+def pattern(length: int) -> bytes:
+    """The first ``length`` bytes of the poison."""
+    global _pattern
+    if length > len(_pattern):
+        _pattern = _PERIOD * (length // len(_PERIOD) + 1)
+    return _pattern[:length]
+
+
+def poison(view: memoryview, moved_bytes: int = 0) -> int:
+    """Overwrite the buffer's edges and the bytes just moved; returns what `damage` needs to know."""
+    size = len(view)
+    head = min(max(moved_bytes, EDGE_BYTES), size)
+    view[:head] = _EDGE if head == EDGE_BYTES else pattern(head)
+    tail = max(head, size - EDGE_BYTES)
+    if tail < size:
+        view[tail:] = _EDGE[: size - tail]
+    return head
+
+
+def damage(view: memoryview, head: int) -> int | None:
+    """The offset of the first byte that is not poison any more, or None when all is as `poison` left it."""
+    size = len(view)
+    expected = _EDGE if head == EDGE_BYTES else pattern(head)
+    found = bytes(view[:head])
+    if found != expected:
+        return _first_difference(found, expected)
+    tail = max(head, size - EDGE_BYTES)
+    if tail < size:
+        expected = _EDGE[: size - tail]
+        found = bytes(view[tail:])
+        if found != expected:
+            return tail + _first_difference(found, expected)
+    return None
+
+
+def _first_difference(found: bytes, expected: bytes) -> int:
+    return next(i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)

@@ -1,0 +1,239 @@
+"""`SimKernel`: the whole simulated machine, as far as ublk goes.
+
+**Supported.** `ring.Kernel` whole; several devices, several control rings; commands that the kernel holds, resumed as soon as what they wait for has come, in an order
+that Choices decides. **Rejected.** See `control`, `queue`, `block`. **Differs from Linux.** See there; besides: nothing takes time, and one server process opens every char
+device, with `server_pid`.
+
+Nothing here is a task. What a call changes is worked off, to the end, before the call returns: `changed` resumes held commands until none can go on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import trio
+
+from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
+from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
+from ublk_trio.kernel_sim.choices import Choices, FirstChoice
+from ublk_trio.kernel_sim.control import Held, Steps
+from ublk_trio.kernel_sim.device import SimDevice, SimMutex
+from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
+from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
+from ublk_trio.uapi import DevInfo, Feature
+
+_PAGE_SIZE = 4096
+
+
+class SimKernel:
+    """A kernel with a ublk driver and a block layer, in this process. Implements `ublk_trio.ring.Kernel`.
+
+    ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays, ``features`` (default: all
+    that the release has and the simulator models) what its driver offers. ``cpus`` bounds the number of queues. ``paranoid`` poisons buffers that the kernel owns.
+    ``log=True`` keeps `log`, every event of the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
+    """
+
+    def __init__(
+        self,
+        choices: Choices | None = None,
+        *,
+        version: KernelVersion | tuple[int, int] = (7, 3),
+        cpus: int = 4,
+        features: Feature | None = None,
+        paranoid: bool = True,
+        partition_scan: bool = True,
+        log: bool = False,
+        privileged: bool = True,
+        legacy_opcodes: bool = True,
+        devices_max: int = 64,
+    ) -> None:
+        assert cpus > 0
+        self.choices = choices if choices is not None else FirstChoice()
+        self.version = KernelVersion.of(version)
+        self.cpus = cpus
+        offered = self.version.features & MODELLED
+        self.features = offered if features is None else offered & features
+        self.paranoid = paranoid
+        self.partition_scan = partition_scan
+        self.privileged = privileged
+        self.legacy_opcodes = legacy_opcodes
+        self.devices_max = devices_max
+        #: The process that opens char devices; START_DEV must name it.
+        self.server_pid = os.getpid()
+        self.log: list[tuple[Any, ...]] | None = [] if log else None
+        self.violations: list[Violation] = []
+        #: What is no breach, but worth knowing when a run hangs.
+        self.notes: list[str] = []
+        self.devices: dict[int, SimDevice] = {}
+        #: Serialises ADD_DEV and DEL_DEV of all devices.
+        self.devices_mutex = SimMutex("of all devices")
+        self.control_rings: list[SimControlRing] = []
+        self._held: list[Held] = []
+        self._settling = False
+        self._bios = 0
+        self._cpu = 0
+
+    # ------------------------------------------------------------------ ring.Kernel
+
+    @property
+    def name(self) -> str:
+        return f"simulated Linux {self.version}"
+
+    @property
+    def page_size(self) -> int:
+        return _PAGE_SIZE
+
+    def open_control(self) -> AbstractAsyncContextManager[SimControlRing]:
+        return self._open_control()
+
+    @contextlib.asynccontextmanager
+    async def _open_control(self) -> AsyncIterator[SimControlRing]:
+        await trio.lowlevel.checkpoint()
+        ring = SimControlRing(self)
+        self.control_rings.append(ring)
+        try:
+            yield ring
+        finally:
+            ring.close()
+
+    async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> SimCharDevice:
+        """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EBUSY while it has an opener."""
+        await trio.lowlevel.checkpoint()
+        path = self.char_path(info.dev_id)
+        device = self.devices.get(info.dev_id)
+        if device is None or device.removed:
+            raise KernelError(errno.ENOENT, f"cannot open {path}: {errno_text(errno.ENOENT)}")
+        if device.char_in_use:
+            raise KernelError(errno.EBUSY, f"cannot open {path}: {errno_text(errno.EBUSY)}: it has an opener")
+        return SimCharDevice(device)
+
+    def device_ids(self) -> list[int]:
+        return sorted(self.devices)
+
+    def disk_path(self, dev_id: int) -> str:
+        return f"/dev/ublkb{dev_id}"
+
+    def char_path(self, dev_id: int) -> str:
+        """``/dev/ublkcN``."""
+        return f"/dev/ublkc{dev_id}"
+
+    # ------------------------------------------------------------------ what tests look at
+
+    def block_device(self, dev_id: int) -> SimBlockDevice:
+        """The disk as an application sees it. It need not exist yet."""
+        return SimBlockDevice(self, dev_id)
+
+    def check(self) -> None:
+        """Raise `SimulatorViolationError` if a server broke the contract so far."""
+        if self.violations:
+            raise SimulatorViolationError(self.violations)
+
+    def held_commands(self) -> list[str]:
+        """What the kernel holds, and what each waits for."""
+        return [str(held) for held in self._held]
+
+    def leftovers(self) -> list[str]:
+        """Names everything that a clean server would have left behind nothing of."""
+        found = [f"held command: {held}" for held in self.held_commands()]
+        found += ["open control ring"] * len(self.control_rings)
+        for dev_id, device in sorted(self.devices.items()):
+            found.append(f"device {dev_id}: {device.info.state.name}")
+            if device.char is not None:
+                found.append(f"open char device: {self.char_path(dev_id)}")
+            found += [f"open ring: {ring}" for ring in device.rings]
+            for disk in (device.disk, device.detached_disk):
+                if disk is not None:
+                    found += [f"unfinished operation: {bio}" for bio in sorted(disk.bios, key=lambda bio: bio.number)]
+        return found
+
+    def crash_server(self, dev_id: int) -> None:
+        """The device's server is killed: its rings and its char device close. Whoever still waits on a ring gets `trio.ClosedResourceError`."""
+        device = self.devices[dev_id]
+        if self.log is not None:
+            self.log.append(("crash", dev_id))
+        for ring in list(device.rings):
+            ring.close()
+        if device.char is not None:
+            device.char.close()
+
+    # ------------------------------------------------------------------ for the other modules
+
+    def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
+        """Record that a server broke the contract."""
+        self.violations.append(Violation(kind=kind, dev_id=dev_id, queue_id=queue_id, tag=tag, text=text))
+
+    def new_bio(self, op: int, offset: int, length: int, data: memoryview) -> Bio:
+        """An operation, numbered in the order of arrival."""
+        self._bios += 1
+        if self.log is not None:
+            self.log.append(("bio", self._bios, op, offset, length))
+        return Bio(self._bios, op, offset, length, data)
+
+    def next_cpu(self) -> int:
+        """On a calm machine applications run on one CPU after the other."""
+        self._cpu += 1
+        return (self._cpu - 1) % self.cpus
+
+    def free_id(self) -> int:
+        """The lowest device id that is free."""
+        return next(dev_id for dev_id in range(len(self.devices) + 1) if dev_id not in self.devices)
+
+    def put_device(self, device: SimDevice) -> None:
+        """A reference to the device went: free it if it was deleted and that was the last."""
+        if (
+            device.removed
+            and not device.references
+            and not device.char_in_use
+            and not device.used
+            and self.devices.get(device.dev_id) is device
+        ):
+            del self.devices[device.dev_id]
+            self.changed()
+
+    def run(
+        self,
+        name: str,
+        steps: Steps,
+        *,
+        ring: SimControlRing | None = None,
+        on_done: Callable[[int], None] = lambda result: None,
+    ) -> None:
+        """Start a command or a piece of kernel work and carry it as far as it goes now."""
+        try:
+            wait = next(steps)
+        except StopIteration as stop:
+            on_done(stop.value)
+        else:
+            self._held.append(Held(name, steps, wait, ring, on_done))
+        self.changed()
+
+    def changed(self) -> None:
+        """Something changed: let the held commands go on that can."""
+        if not self._held or self._settling:
+            return
+        self._settling = True
+        try:
+            while ready := [held for held in self._held if held.wait.ready()]:
+                self._resume(ready[self.choices.choose("settle", len(ready))], interrupted=False)
+        finally:
+            self._settling = False
+
+    def interrupt(self, ring: SimControlRing) -> None:
+        """A control ring exits: its commands' interruptible waits end."""
+        for held in [held for held in self._held if held.ring is ring and held.wait.interruptible]:
+            if held in self._held:
+                self._resume(held, interrupted=True)
+        self.changed()
+
+    def _resume(self, held: Held, *, interrupted: bool) -> None:
+        try:
+            held.wait = held.steps.send(interrupted)
+        except StopIteration as stop:
+            self._held.remove(held)
+            held.on_done(stop.value)

@@ -1,0 +1,306 @@
+"""The rings: how a server talks to the driver, without io_uring.
+
+**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole. A reap may find any part of what is ready, in any order, and a wait may end for
+nothing, as Choices has it; nothing is ever lost: what a reap left makes the next `wait` return, and no two reaps in a row find nothing of something.
+**Rejected.** Calls on something closed: `trio.ClosedResourceError`, as the real ring. A second opener, a queue that there is not: `KernelError`.
+**Differs from Linux.** Completions are made when they are reaped. `close` takes effect at once, where a real ring dies a moment later in a kernel worker; closing the char
+device before its rings is recorded as a violation, and the server counts as gone with the last of them.
+The completion queue never overflows.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import trio
+
+from ublk_trio.arena import Arena, make_slots
+from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim.control import Call, execute
+from ublk_trio.ring import EVENT, NO_SLOT, RingStatistics
+from ublk_trio.uapi import ControlCommand, IoCommand
+
+if TYPE_CHECKING:
+    from ublk_trio.kernel_sim.device import SimDevice
+    from ublk_trio.kernel_sim.kernel import SimKernel
+
+_NOTHING: Final = memoryview(b"")
+_EVENT_BYTES: Final = EVENT.size
+
+
+class SimControlRing:
+    """`ring.ControlRing`: see there."""
+
+    def __init__(self, kernel: SimKernel) -> None:
+        self._kernel = kernel
+        self._closed = False
+
+    async def submit(
+        self,
+        command: ControlCommand,
+        *,
+        dev_id: int,
+        queue_id: int = 0xFFFF,
+        data: int = 0,
+        buffer: bytearray | None = None,
+        length: int | None = None,
+        dev_path_length: int = 0,
+        ioctl_encoded: bool = True,
+    ) -> int:
+        if self._closed:
+            raise trio.ClosedResourceError("the control ring is closed")
+        kernel = self._kernel
+        # Whether a cancelled caller's command was carried out is a matter of moments, and so a choice.
+        done_although_cancelled = kernel.choices.choose("command-before-cancel", 2)
+        if not done_although_cancelled:
+            await trio.lowlevel.checkpoint()
+        call = Call(
+            command=int(command),
+            dev_id=dev_id,
+            queue_id=queue_id,
+            data=data,
+            buffer=buffer,
+            length=length if length is not None else len(buffer) if buffer is not None else 0,
+            dev_path_length=dev_path_length,
+            ioctl_encoded=ioctl_encoded,
+        )
+        name = getattr(command, "name", f"command {int(command):#x}")
+        results: list[int] = []
+        answered = trio.Event()
+
+        def on_done(result: int) -> None:
+            if kernel.log is not None:
+                kernel.log.append(("control", name, dev_id, result))
+            results.append(result)
+            answered.set()
+
+        kernel.run(f"{name} of device {dev_id}", execute(kernel, call), ring=self, on_done=on_done)
+        if not results or done_although_cancelled:
+            await answered.wait()
+        return results[0]
+
+    def close(self) -> None:
+        """What the kernel holds of this ring's commands is interrupted, where it can be."""
+        if not self._closed:
+            self._closed = True
+            self._kernel.control_rings.remove(self)
+            self._kernel.interrupt(self)
+
+
+class SimCharDevice:
+    """`ring.CharDevice`: see there. Made by `SimKernel.open_char_device`."""
+
+    def __init__(self, device: SimDevice) -> None:
+        self._device = device
+        self._closed = False
+        device.char = self
+        device.opener_pid = device.kernel.server_pid
+
+    def open_queue(self, queue_id: int, *, buffers: int) -> SimQueueRing:
+        if self._closed:
+            raise trio.ClosedResourceError("the char device is closed")
+        device = self._device
+        if not 0 <= queue_id < len(device.queues):
+            raise KernelError(
+                errno.EINVAL, f"cannot map queue {queue_id} of device {device.dev_id}: {errno_text(errno.EINVAL)}"
+            )
+        return SimQueueRing(device, queue_id, buffers)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        device = self._device
+        for ring in device.rings:
+            device.kernel.violation(
+                "char-closed-before-ring",
+                device.dev_id,
+                ring.queue_id,
+                0,
+                "the char device was closed before this ring",
+            )
+        device.char_closed()
+
+
+class SimQueueRing:
+    """`ring.QueueRing`: see there. Made by `SimCharDevice.open_queue`."""
+
+    def __init__(self, device: SimDevice, queue_id: int, buffers: int) -> None:
+        kernel = device.kernel
+        self._device = device
+        self._kernel = kernel
+        self._queue = device.queues[queue_id]
+        self._queue_id = queue_id
+        self._depth = self._queue.depth
+        self._arena = Arena(buffers=buffers, buffer_bytes=device.info.max_io_buf_bytes)
+        self.buffers: Sequence[memoryview] = self._arena.buffers
+        self._slots = make_slots(depth=self._depth, buffers=buffers)
+        self.paranoid = kernel.paranoid
+        #: Which tag's command has given a buffer to the kernel; only kept when paranoid.
+        self.kernel_holds: dict[int, int] = {}
+        # What is ready: a tag whose request is to be delivered, or a result (negative) above a tag.
+        self._ready: list[int] = []
+        self._events = bytearray(self._depth * _EVENT_BYTES)
+        self._lot = trio.lowlevel.ParkingLot()
+        self._closed = False
+        self._came_back_empty = False
+        self._woke_for_nothing = False
+        self._reaps = self._reaped = self._commits = self._answers = self._waits = 0
+        device.rings.append(self)
+
+    @property
+    def queue_id(self) -> int:
+        return self._queue_id
+
+    @property
+    def depth(self) -> int:
+        return self._depth
+
+    @property
+    def slots(self) -> memoryview:
+        return self._slots
+
+    # ------------------------------------------------------------------ from the driver
+
+    def post(self, tag: int) -> None:
+        """The tag's request can be delivered."""
+        self._ready.append(tag)
+        if self._lot:
+            self._lot.unpark_all()
+
+    def post_result(self, tag: int, result: int) -> None:
+        """A command ended without a request."""
+        assert result < 0
+        self.post(result << 16 | tag)
+
+    # ------------------------------------------------------------------ ring.QueueRing
+
+    def reap(self) -> memoryview:
+        if self._closed:
+            raise self._closed_error()
+        self._reaps += 1
+        ready = self._ready
+        if not ready:
+            return _NOTHING
+        if self._kernel.choices.calm:
+            self._ready = []
+        else:
+            ready = self._choose_ready(ready)
+            if not ready:
+                return _NOTHING
+        count = len(ready)
+        self._reaped += count
+        if count * _EVENT_BYTES > len(self._events):
+            # Only refused commands come in such numbers: a tag has one command pending at a time.
+            self._events = bytearray(2 * count * _EVENT_BYTES)
+        events = self._events
+        queue = self._queue
+        tags = queue.tags
+        deliver = queue.deliver
+        pack_into = EVENT.pack_into
+        log = self._kernel.log
+        offset = 0
+        for entry in ready:
+            if entry >= 0:
+                result = deliver(self, entry)
+                request = tags[entry].request
+                assert request is not None
+                pack_into(events, offset, entry, 0, result, request.op_flags, request.nr_sectors, request.start_sector)
+                if log is not None:
+                    log.append(
+                        (
+                            "event",
+                            self._device.dev_id,
+                            self._queue_id,
+                            entry,
+                            result,
+                            request.op_flags,
+                            request.nr_sectors,
+                            request.start_sector,
+                        )
+                    )
+            else:
+                pack_into(events, offset, entry & 0xFFFF, 0, entry >> 16, 0, 0, 0)
+                if log is not None:
+                    log.append(("event", self._device.dev_id, self._queue_id, entry & 0xFFFF, entry >> 16))
+            offset += _EVENT_BYTES
+        return memoryview(events)[:offset]
+
+    def _choose_ready(self, ready: list[int]) -> list[int]:
+        """Which of what is ready a reap finds, in which order; option 0 is all, in order."""
+        choose = self._kernel.choices.choose
+        least = 1 if self._came_back_empty else 0
+        count = len(ready) - choose("reap-left-behind", len(ready) - least + 1)
+        chosen = [ready.pop(choose("reap-next", len(ready))) for _ in range(count)]
+        self._came_back_empty = not chosen
+        return chosen
+
+    def commit(self, answers: list[int]) -> None:
+        if self._closed:
+            raise self._closed_error()
+        self._commits += 1
+        self._answers += len(answers)
+        slots = self._slots
+        depth = self._depth
+        command = self._queue.command
+        log = self._kernel.log
+        for answer in answers:
+            tag = answer & 0xFFFF
+            number = answer >> 16 & 0xFFFF
+            slot = slots[tag] if tag < depth else NO_SLOT
+            assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
+            if log is not None:
+                log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
+            refusal = command(self, number, tag, answer >> 32, slot)
+            if refusal:
+                self._queue.refused(number, tag, refusal)
+                self.post_result(tag, refusal)
+
+    async def wait(self) -> None:
+        if self._closed:
+            await trio.lowlevel.checkpoint()
+            raise self._closed_error()
+        self._waits += 1
+        if self._ready or self._wakes_for_nothing():
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._lot.park()
+        if self._closed:
+            raise self._closed_error()
+
+    def _wakes_for_nothing(self) -> bool:
+        choices = self._kernel.choices
+        if choices.calm:
+            return False
+        self._woke_for_nothing = not self._woke_for_nothing and bool(choices.choose("spurious-wake-up", 2))
+        return self._woke_for_nothing
+
+    def statistics(self) -> RingStatistics:
+        return RingStatistics(
+            reaps=self._reaps,
+            events=self._reaped,
+            commits=self._commits,
+            answers=self._answers,
+            waits=self._waits,
+        )
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._ready = []
+        self._lot.unpark_all()
+        self._device.ring_closed(self)
+        self.buffers = ()
+        self._arena.close()
+
+    def _closed_error(self) -> trio.ClosedResourceError:
+        return trio.ClosedResourceError("the queue ring is closed")
+
+    def __str__(self) -> str:
+        return f"ring of queue {self._queue_id} of device {self._device.dev_id}"
+
+
+assert IoCommand.COMMIT_AND_FETCH_REQ < 1 << 16

@@ -1,0 +1,64 @@
+"""A tag as the driver sees it: four flags, the buffer that its last command named, and the request on it.
+
+| flags | meaning |
+|---|---|
+| none | not fetched in this incarnation |
+| ACTIVE | a command is pending: the driver owns the tag, idle or with a request on its way |
+| OWNED_BY_SRV | a request was delivered: the server owes a commit |
+| OWNED_BY_SRV, NEED_GET_DATA | a WRITE was announced: the server owes NEED_GET_DATA |
+| ACTIVE, NEED_GET_DATA | that came; the data is on its way |
+| ACTIVE, CANCELED | the pending command was completed with ABORT; the tag is over |
+
+**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** AUTO_BUF_REG is listed but not
+modelled yet. The task that a tag's commands must come from is, here, the ring that fetched it.
+"""
+
+from __future__ import annotations
+
+from enum import IntFlag
+from typing import TYPE_CHECKING, Final
+
+from ublk_trio.ring import NO_SLOT
+
+if TYPE_CHECKING:
+    from ublk_trio.kernel_sim.block import Request
+    from ublk_trio.kernel_sim.ring import SimQueueRing
+
+
+class TagFlag(IntFlag):
+    """The driver's ``UBLK_IO_FLAG_*``."""
+
+    ACTIVE = 1
+    OWNED_BY_SRV = 2
+    NEED_GET_DATA = 4
+    AUTO_BUF_REG = 8
+    CANCELED = 16
+
+
+# Plain integers for the path that every request takes.
+ACTIVE: Final = int(TagFlag.ACTIVE)
+OWNED_BY_SRV: Final = int(TagFlag.OWNED_BY_SRV)
+NEED_GET_DATA: Final = int(TagFlag.NEED_GET_DATA)
+CANCELED: Final = int(TagFlag.CANCELED)
+
+
+class SimTag:
+    """One tag of one queue."""
+
+    __slots__ = ("flags", "poisoned_bytes", "request", "ring", "slot", "tag")
+
+    def __init__(self, tag: int) -> None:
+        self.tag = tag
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything: a new server may fetch it."""
+        self.flags = 0
+        self.slot = NO_SLOT
+        self.request: Request | None = None
+        self.ring: SimQueueRing | None = None
+        #: How much of the buffer is poison, or -1 when it is the server's to use.
+        self.poisoned_bytes = -1
+
+    def __repr__(self) -> str:
+        return f"<tag {self.tag} {TagFlag(self.flags)!r} slot {self.slot} {self.request}>"
