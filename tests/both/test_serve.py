@@ -1,0 +1,374 @@
+"""What an application sees of a disk, and what is left of it, on both kernels."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import random
+
+import pytest
+import trio
+
+from tests.both.arms import Arm
+from ublk_trio import (
+    Backend,
+    DataMode,
+    Device,
+    DeviceOptions,
+    KernelError,
+    Memory,
+    UsageError,
+    open_target,
+    serve_device,
+)
+from ublk_trio.handlers import Serve
+from ublk_trio.workload import Disk, Workload, WorkloadReport
+
+MIB = 1 << 20
+WAYS = [
+    pytest.param(serve, mode, queues, id=f"{serve}-{mode.value}-{queues}q")
+    for serve, mode, queues in itertools.product(("inline", "async"), DataMode, (1, 2))
+]
+
+
+class Ram(Memory):
+    """A memory disk that counts what it is asked for."""
+
+    def __init__(self, size: int = 8 * MIB) -> None:
+        super().__init__(size)
+        self.calls: list[str] = []
+
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
+        self.calls.append("write fua" if fua else "write")
+        return super().write(offset, data, fua=fua)
+
+    def flush(self) -> None:
+        self.calls.append("flush")
+
+
+@pytest.mark.parametrize(("serve", "mode", "queues"), WAYS)
+async def test_every_byte(arm: Arm, serve: Serve, mode: DataMode, queues: int) -> None:
+    """What was written is what is read, for every operation, size and way of serving."""
+    options = DeviceOptions(serve=serve, mode=mode, queues=queues, depth=16, max_io_bytes=64 * 1024, pool_buffers=3)
+    with trio.fail_after(60):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Ram(), options)
+            async with arm.open_disk(device) as disk:
+                report = WorkloadReport(disk=device.path)
+                await Workload(seed=queues, seconds=1.0).run(disk, report)
+                statistics = device.statistics()
+    assert report.faults == []
+    assert min(report.reads, report.writes, report.others, report.bytes_verified) > 0
+    assert statistics.failed == 0
+    assert statistics.requests >= report.reads + report.writes
+
+
+async def test_kernel_adjusted_values(arm: Arm) -> None:
+    """Queues and buffer size are what the kernel gave, not what was asked for."""
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Ram(), DeviceOptions(queues=4096, depth=2))
+            assert device.info.nr_hw_queues < 4096
+            assert len(device.statistics().queues) == device.info.nr_hw_queues
+
+
+async def test_flush_and_fua_reach_the_backend(arm: Arm) -> None:
+    """fsync becomes a flush, and a write that asks for FUA arrives with it: a backend with a cache can be honest."""
+    backend = Ram()
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(backend)
+            async with arm.open_disk(device) as disk:
+                backend.calls.clear()
+                await disk.write(0, bytes(4096))
+                await disk.flush()
+                await disk.write(4096, bytes(4096), fua=True)
+                assert backend.calls == ["write", "flush", "write fua"]
+
+
+async def test_read_only(arm: Arm) -> None:
+    """A read-only disk reads, and refuses writes without asking the backend."""
+    backend = Ram()
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(backend, DeviceOptions(read_only=True))
+            async with arm.open_disk(device) as disk:
+                assert await disk.read(0, 4096) == bytes(4096)
+                with pytest.raises(OSError, match=r".") as caught:
+                    await disk.write(0, bytes(4096))
+                assert caught.value.errno in (errno.EPERM, errno.EROFS, errno.EBADF)
+    assert "write" not in backend.calls
+
+
+# Backends that misbehave ----------------------------------------------------------------------------------------------
+
+
+class Trouble(Backend):
+    """Does what its next entry of `script` says for offset 0; is an ordinary disk elsewhere."""
+
+    def __init__(self) -> None:
+        self.size = 8 * MIB
+        self.data = bytearray(self.size)
+        self.script: object = None
+
+    async def _act(self, length: int) -> int | None:
+        match self.script:
+            case BaseException() as exception:
+                raise exception
+            case int() as count:
+                return count
+            case "hang":
+                await trio.sleep_forever()
+            case "slow":
+                with trio.fail_after(0.01):
+                    await trio.sleep_forever()
+        return None
+
+    async def read(self, offset: int, buffer: memoryview) -> int | None:
+        buffer[:] = self.data[offset : offset + len(buffer)]
+        return await self._act(len(buffer)) if offset == 0 else None
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
+        self.data[offset : offset + len(data)] = data
+        return await self._act(len(data)) if offset == 0 else None
+
+
+@pytest.mark.parametrize(
+    ("script", "seen"),
+    [
+        (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
+        (OSError(errno.EIO, "broken"), errno.EIO),
+        (OSError(errno.ENODATA, "medium"), errno.ENODATA),
+        (OSError("without a number"), errno.EIO),
+        (RuntimeError("a bug"), errno.EIO),
+        (ExceptionGroup("nursery", [OSError(errno.ENOSPC, "full")]), errno.ENOSPC),
+        (2048, errno.EIO),
+        (-5, errno.EIO),
+        (8192, errno.EIO),
+        ("slow", errno.ETIMEDOUT),
+    ],
+    ids=repr,
+)
+async def test_failing_write(arm: Arm, script: object, seen: int, caplog: pytest.LogCaptureFixture) -> None:
+    """A write that the backend fails, or does only in part, fails with the right errno, and only that one."""
+    caplog.set_level(logging.CRITICAL)
+    backend = Trouble()
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(backend)
+            async with arm.open_disk(device) as disk:
+                backend.script = script
+                with pytest.raises(OSError, match=r".") as caught:
+                    await disk.write(0, bytes(4096))
+                assert caught.value.errno == seen
+                await disk.write(4096, b"x" * 4096)
+                backend.script = None
+                assert await disk.read(4096, 4096) == b"x" * 4096
+
+
+async def test_short_read_is_asked_again(arm: Arm) -> None:
+    """A short read gives the application all its bytes: the kernel asks for the rest."""
+    backend = Trouble()
+    backend.data[:] = random.Random(1).randbytes(len(backend.data))
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(backend)
+            async with arm.open_disk(device) as disk:
+                backend.script = 4096
+                assert await disk.read(0, 16384) == backend.data[:16384]
+                backend.script = 0
+                with pytest.raises(OSError, match=r".") as caught:
+                    await disk.read(0, 4096)
+                assert caught.value.errno == errno.EIO
+
+
+async def _expect_error(disk: Disk, errors: list[int | None]) -> None:
+    try:
+        await disk.read(0, 4096)
+    except OSError as error:
+        errors.append(error.errno)
+
+
+async def test_hanging_backend(arm: Arm, caplog: pytest.LogCaptureFixture) -> None:
+    """A request that hangs holds up no other; stop fails it with EIO after the grace time and leaves nothing."""
+    backend = Trouble()
+    errors: list[int | None] = []
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery, open_target(arm.kernel) as target:
+            device = await target.start_device(backend, DeviceOptions(grace_seconds=0.3))
+            async with arm.open_disk(device) as disk:
+                backend.script = "hang"
+                nursery.start_soon(_expect_error, disk, errors)
+                while not device.statistics().queues[0].in_flight:
+                    await trio.sleep(0.01)
+                await disk.write(8192, b"y" * 4096)
+                assert await disk.read(8192, 4096) == b"y" * 4096
+                begin = trio.current_time()
+                device.ask_to_stop()
+                while not errors:
+                    await trio.sleep(0.01)
+            await target.wait_device(device)
+            assert trio.current_time() - begin >= 0.3
+    assert errors == [errno.EIO]
+    assert "not answered within the grace time" in caplog.text
+    assert "READ of 4096 bytes at 0" in caplog.text
+
+
+async def test_traceback_logged_once_per_kind(arm: Arm, caplog: pytest.LogCaptureFixture) -> None:
+    """A bug in a backend is logged with its traceback the first time, and not a thousand times."""
+    backend = Trouble()
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(backend)
+            async with arm.open_disk(device) as disk:
+                backend.script = ZeroDivisionError("planted")
+                for _ in range(5):
+                    with pytest.raises(OSError, match=r"."):
+                        await disk.write(0, bytes(4096))
+    records = [record for record in caplog.records if record.name == "ublk_trio.backend"]
+    assert len(records) == 1
+    assert records[0].exc_info is not None
+
+
+# Life and death of devices --------------------------------------------------------------------------------------------
+
+
+async def test_id_in_use(arm: Arm) -> None:
+    """Asking for an id that is taken fails with EEXIST and a mend, and does not touch the device that has it."""
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Ram(), DeviceOptions(dev_id=5))
+            with pytest.raises(KernelError, match="EEXIST.*the id is in use") as caught:
+                await target.start_device(Ram(), DeviceOptions(dev_id=5))
+            assert caught.value.errno == errno.EEXIST
+            async with arm.open_disk(device) as disk:
+                await disk.write(0, b"z" * 512)
+                assert await disk.read(0, 512) == b"z" * 512
+            assert arm.kernel.device_ids() == [5]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_many_devices_in_any_order(arm: Arm, seed: int) -> None:
+    """Eight disks start and stop in any order, one by one or all with the target."""
+    chance = random.Random(seed)
+    with trio.fail_after(60):
+        async with open_target(arm.kernel) as target:
+            live: list[Device] = []
+            for _ in range(16):
+                if live and (len(live) == 8 or chance.random() < 0.4):
+                    await target.stop_device(live.pop(chance.randrange(len(live))))
+                else:
+                    live.append(await target.start_device(Ram(MIB), DeviceOptions(depth=8, queues=2)))
+                assert [device.dev_id for device in target.devices] == sorted(device.dev_id for device in live)
+    assert arm.kernel.device_ids() == []
+
+
+async def test_error_in_the_block_comes_out_plainly(arm: Arm) -> None:
+    """An error in the block is what the user gets, not a group, and the devices are gone."""
+    with trio.fail_after(30):
+        with pytest.raises(ZeroDivisionError):
+            async with open_target(arm.kernel) as target:
+                await target.start_device(Ram())
+                raise ZeroDivisionError
+    assert arm.kernel.device_ids() == []
+
+
+async def test_cancelled_target(arm: Arm) -> None:
+    """Cancelling around a target stops and deletes its devices before the scope ends."""
+    with trio.fail_after(30):
+        with trio.CancelScope() as scope:
+            async with open_target(arm.kernel) as target:
+                await target.start_device(Ram())
+                await target.start_device(Ram())
+                scope.cancel()
+                await trio.sleep_forever()
+        assert scope.cancelled_caught
+    assert arm.kernel.device_ids() == []
+
+
+async def test_serve_device_in_ones_own_nursery(arm: Arm) -> None:
+    """A device is an ordinary task: `nursery.start` reports it live, cancelling the nursery takes it away."""
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            device: Device = await nursery.start(serve_device, arm.kernel, Ram(), DeviceOptions(queues=2))
+            async with arm.open_disk(device) as disk:
+                assert await disk.read(0, 4096) == bytes(4096)
+            nursery.cancel_scope.cancel()
+    assert arm.kernel.device_ids() == []
+
+
+class Closing(Ram):
+    """Counts openings and closings; may fail to open, or have an impossible size."""
+
+    opened = closed = 0
+
+    async def open(self) -> None:
+        self.opened += 1
+
+    async def aclose(self) -> None:
+        self.closed += 1
+
+
+async def test_failed_start_leaves_nothing(arm: Arm) -> None:
+    """A start that fails half way closes what it opened."""
+    backend = Closing()
+    backend.size = 1000
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            with pytest.raises(UsageError, match="not a multiple of block_size"):
+                await target.start_device(backend)
+            assert arm.kernel.device_ids() == []
+    assert (backend.opened, backend.closed) == (1, 1)
+
+
+async def test_stopped_by_somebody_else(arm: Arm) -> None:
+    """A device that another program stops through the kernel ends here too, without an error."""
+    from ublk_trio.control import open_control
+
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Ram())
+            async with open_control(arm.kernel) as control:
+                await control.stop_device(device.dev_id)
+                await control.delete_device(device.dev_id)
+            await target.wait_device(device)
+            assert target.devices == ()
+
+
+async def test_bug_in_a_queue_stops_its_device_only(arm: Arm, caplog: pytest.LogCaptureFixture) -> None:
+    """A queue that fails answers what it holds, its device stops cleanly, the error reaches who waits for it, others go on."""
+    caplog.set_level(logging.CRITICAL)
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            broken = await target.start_device(Ram())
+            healthy = await target.start_device(Ram())
+            queue = broken._queues[0]
+
+            def bug(request: object) -> int:
+                raise KeyError("planted")
+
+            queue.serve = bug  # type: ignore[method-assign, assignment]
+            async with arm.open_disk(broken) as disk:
+                with pytest.raises(OSError, match=r"."):
+                    await disk.read(0, 4096)
+            with pytest.raises(KeyError, match="planted"):
+                await target.wait_device(broken)
+            async with arm.open_disk(healthy) as disk:
+                assert await disk.read(0, 4096) == bytes(4096)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (DeviceOptions(queues=0), "queues is 0: give 1 to 4096"),
+        (DeviceOptions(depth=4097), "depth is 4097: give 1 to 4096"),
+        (DeviceOptions(max_io_bytes=5000), "max_io_bytes is 5000: give a multiple of 4096"),
+        (DeviceOptions(dev_id=-2), "the device id is -2"),
+    ],
+)
+async def test_impossible_options(arm: Arm, options: DeviceOptions, message: str) -> None:
+    """What no kernel accepts is refused before the kernel is asked, in words."""
+    async with open_target(arm.kernel) as target:
+        with pytest.raises(UsageError, match=message):
+            await target.start_device(Ram(), options)

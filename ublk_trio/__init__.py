@@ -1,0 +1,47 @@
+"""Linux block devices written in Python: a Trio engine for the kernel's ublk driver, and a simulator of that driver."""
+
+from ublk_trio.backends import Backend, File, Memory, Null
+from ublk_trio.device import Device, DeviceStatistics, serve_device
+from ublk_trio.errors import (
+    BackendError,
+    IllegalTagEventError,
+    KernelError,
+    KernelUnavailableError,
+    StuckError,
+    UblkError,
+    UsageError,
+)
+from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.options import DataMode, DeviceOptions
+from ublk_trio.queue import QueueStatistics
+from ublk_trio.real import RealKernel
+from ublk_trio.ring import Kernel
+from ublk_trio.target import Target, TargetStatistics, open_target
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backend",
+    "BackendError",
+    "DataMode",
+    "Device",
+    "DeviceOptions",
+    "DeviceStatistics",
+    "File",
+    "IllegalTagEventError",
+    "Kernel",
+    "KernelError",
+    "KernelUnavailableError",
+    "Memory",
+    "Null",
+    "QueueStatistics",
+    "RealKernel",
+    "SimKernel",
+    "StuckError",
+    "Target",
+    "TargetStatistics",
+    "UblkError",
+    "UsageError",
+    "open_target",
+    "serve_device",
+]

@@ -1,0 +1,142 @@
+"""The control commands, typed, each with its errors explained.
+
+`ControlRing.submit` gives what the kernel gives: a number. Here a negative one becomes a `KernelError` that says what
+was refused, what the errno means for this command, and how to mend it.
+
+Opcodes come in two encodings: plain numbers, and ioctl style since Linux 6.4; a kernel can be built without the
+former. GET_FEATURES (6.5) exists only in the latter, so its answer decides.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import trio
+
+from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.ring import ControlRing, Kernel
+from ublk_trio.uapi import ANY_DEVICE_ID, FEATURES_LEN, ControlCommand, DevInfo, Feature, Params
+
+_GONE = "there is no such device; `ublk-trio list` shows which there are"
+_NOT_ALLOWED = "the kernel lets only root (CAP_SYS_ADMIN) do that"
+
+_MEANING: dict[tuple[ControlCommand | None, int], str] = {
+    (None, errno.ENODEV): _GONE,
+    (None, errno.EPERM): _NOT_ALLOWED,
+    (None, errno.EACCES): _NOT_ALLOWED,
+    (None, errno.EOPNOTSUPP): "this kernel's ublk driver does not know the command",
+    (ControlCommand.ADD_DEV, errno.EEXIST): "the id is in use; choose another, or leave it out to get a free one",
+    (ControlCommand.ADD_DEV, errno.EACCES): (
+        "the driver's limit on devices is reached; raise /sys/module/ublk_drv/parameters/ublks_max or stop one"
+    ),
+    (ControlCommand.ADD_DEV, errno.EINVAL): "the kernel does not accept these numbers or flags",
+    (ControlCommand.SET_PARAMS, errno.EINVAL): "the kernel does not accept this geometry",
+    (ControlCommand.SET_PARAMS, errno.EACCES): "the device has been started already",
+    (ControlCommand.START_DEV, errno.EEXIST): "it is live already",
+    (ControlCommand.START_DEV, errno.EINTR): "it was stopped while it was starting",
+    (ControlCommand.START_DEV, errno.EINVAL): "it has no parameters, or another process opened it",
+    (ControlCommand.DEL_DEV, errno.EINTR): "interrupted while somebody still had the device open",
+}
+
+
+def _refusal(command: ControlCommand, dev_id: int, result: int) -> KernelError:
+    which = "" if dev_id == ANY_DEVICE_ID else f" for ublk device {dev_id}"
+    meaning = _MEANING.get((command, -result)) or _MEANING.get((None, -result))
+    text = f"the kernel refused {command.name}{which}: {errno_text(result)}"
+    return KernelError(-result, f"{text}: {meaning}" if meaning else text)
+
+
+@attrs.define
+class Control:
+    """A control ring, with what the kernel offers. Any number of tasks may use it at once."""
+
+    _ring: ControlRing
+    #: None: a kernel before 6.5, which cannot be asked.
+    features: Feature | None = None
+
+    @property
+    def ioctl_encoded(self) -> bool:
+        """Whether commands go in ioctl encoding."""
+        return self.features is not None and Feature.CMD_IOCTL_ENCODE in self.features
+
+    async def _submit(
+        self,
+        command: ControlCommand,
+        dev_id: int,
+        *,
+        buffer: bytearray | None = None,
+        queue_id: int = 0xFFFF,
+        data: int = 0,
+    ) -> int:
+        result = await self._ring.submit(
+            command, dev_id=dev_id, queue_id=queue_id, data=data, buffer=buffer, ioctl_encoded=self.ioctl_encoded
+        )
+        if result < 0:
+            raise _refusal(command, dev_id, result)
+        return result
+
+    async def _ask_features(self) -> None:
+        buffer = bytearray(FEATURES_LEN)
+        result = await self._ring.submit(ControlCommand.GET_FEATURES, dev_id=ANY_DEVICE_ID, buffer=buffer)
+        if result >= 0:
+            self.features = Feature(int.from_bytes(buffer, "little"))
+        elif result != -errno.EOPNOTSUPP:
+            raise _refusal(ControlCommand.GET_FEATURES, ANY_DEVICE_ID, result)
+
+    async def add_device(self, info: DevInfo) -> DevInfo:
+        """ADD_DEV. Returns what the kernel made of it: id, queues, flags and buffer size may differ from what was
+        asked."""
+        buffer = bytearray(info.pack())
+        # Whether the device exists must be known, or nobody would ever delete it.
+        with trio.CancelScope(shield=True):
+            await self._submit(ControlCommand.ADD_DEV, info.dev_id, buffer=buffer)
+        return DevInfo.unpack(buffer)
+
+    async def set_params(self, dev_id: int, params: Params) -> None:
+        """SET_PARAMS; only before START_DEV."""
+        await self._submit(ControlCommand.SET_PARAMS, dev_id, buffer=bytearray(params.pack()))
+
+    async def params(self, dev_id: int) -> Params:
+        """GET_PARAMS."""
+        buffer = bytearray(Params.query())
+        await self._submit(ControlCommand.GET_PARAMS, dev_id, buffer=buffer)
+        return Params.unpack(buffer)
+
+    async def start_device(self, dev_id: int) -> None:
+        """START_DEV. The kernel holds it until every tag is fetched, and may read the disk before it answers."""
+        await self._submit(ControlCommand.START_DEV, dev_id, data=os.getpid())
+
+    async def stop_device(self, dev_id: int) -> None:
+        """STOP_DEV. The kernel holds it until every delivered request is committed."""
+        await self._submit(ControlCommand.STOP_DEV, dev_id)
+
+    async def delete_device(self, dev_id: int) -> None:
+        """DEL_DEV. The kernel holds it until the char device and the disk are closed by everybody."""
+        await self._submit(ControlCommand.DEL_DEV, dev_id)
+
+    async def device_info(self, dev_id: int) -> DevInfo:
+        """GET_DEV_INFO."""
+        buffer = bytearray(DevInfo(nr_hw_queues=0, queue_depth=0, max_io_buf_bytes=0, dev_id=dev_id).pack())
+        await self._submit(ControlCommand.GET_DEV_INFO, dev_id, buffer=buffer)
+        return DevInfo.unpack(buffer)
+
+    async def queue_affinity(self, dev_id: int, queue_id: int, *, cpus: int) -> frozenset[int]:
+        """GET_QUEUE_AFFINITY: the CPUs whose requests go to this queue. ``cpus``: at least as many as the kernel can
+        have."""
+        buffer = bytearray((cpus + 63) // 64 * 8)
+        await self._submit(ControlCommand.GET_QUEUE_AFFINITY, dev_id, buffer=buffer, data=queue_id)
+        mask = int.from_bytes(buffer, "little")
+        return frozenset(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1)
+
+
+@asynccontextmanager
+async def open_control(kernel: Kernel) -> AsyncIterator[Control]:
+    """Open a kernel's control device and find out what its driver offers. Raises `KernelUnavailableError`."""
+    async with kernel.open_control() as ring:
+        control = Control(ring)
+        await control._ask_features()
+        yield control

@@ -1,0 +1,357 @@
+"""A device: one disk, from ADD_DEV to DEL_DEV, as one scoped task.
+
+Its life, and the order of its end, which is fixed by the kernel (DEL_DEV waits for the char device, its mappings and
+every ring that registered it to be closed; STOP_DEV waits for every delivered request to be committed, and before
+that writes the disk's dirty pages back through us):
+
+    backend open → ADD_DEV → SET_PARAMS → char device open → rings, every tag fetched → START_DEV → live
+    STOP_DEV → queues end → rings exit and unmap → char device close → DEL_DEV → backend close
+
+Whatever ends it (a stop, the surrounding scope cancelled, a failure half way up), it goes down the same stairs from
+where it stands.
+
+**Bounds.** Each step down is shielded from the caller's cancellation and bounded in time: as long as requests are
+being answered, a stop waits; after `grace_seconds` without progress it cancels the handlers that still run and
+refuses what comes (EIO); if even that does not end the queues, it closes rings and char device, which makes the
+kernel fail what is left. Then it says so with `StuckError`.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import attrs
+import trio
+
+from ublk_trio.backends import Backend, as_async, check_geometry
+from ublk_trio.control import Control, open_control
+from ublk_trio.errors import KernelError, StuckError, UsageError
+from ublk_trio.handlers import Handlers, Serve
+from ublk_trio.nursery import open_plain_nursery
+from ublk_trio.options import DataMode, DeviceOptions
+from ublk_trio.params import params_of
+from ublk_trio.queue import Queue, QueueStatistics
+from ublk_trio.ring import CharDevice, Kernel
+from ublk_trio.uapi import ANY_DEVICE_ID, DevInfo, Feature
+
+logger = logging.getLogger("ublk_trio.device")
+
+#: Seconds that the queues have to end once nothing depends on the backend any more, and again once their rings are
+#: closed.
+REFUSE_SECONDS = 5.0
+#: Seconds that DEL_DEV may take. It takes long only while somebody else has the disk open.
+DELETE_SECONDS = 5.0
+
+
+@contextmanager
+def already_gone_is_fine() -> Iterator[None]:
+    """For stopping and deleting: somebody else may have been faster."""
+    try:
+        yield
+    except KernelError as error:
+        if error.errno != errno.ENODEV:
+            raise
+
+
+@attrs.frozen(kw_only=True)
+class DeviceStatistics:
+    """What a device did so far, by queue."""
+
+    dev_id: int
+    path: str
+    backend: str
+    queues: tuple[QueueStatistics, ...]
+
+    @property
+    def requests(self) -> int:
+        """Requests answered, over all queues."""
+        return sum(sum(queue.requests.values()) for queue in self.queues)
+
+    @property
+    def failed(self) -> int:
+        """Those of them that were answered with an errno."""
+        return sum(queue.failed for queue in self.queues)
+
+
+class Device:
+    """A live disk. Made by `Target.start_device` and `serve_device`, never directly."""
+
+    def __init__(self, kernel: Kernel, control: Control, backend: Backend, options: DeviceOptions) -> None:
+        options.check(page_size=kernel.page_size)
+        self.options = options
+        self.backend = as_async(backend) if options.serve == "async" else backend
+        self._kernel = kernel
+        self._control = control
+        self._info: DevInfo | None = None
+        self._handlers: Handlers | None = None
+        self._char: CharDevice | None = None
+        self._queues: list[Queue] = []
+        self._stop_asked = trio.Event()
+        self._start_ended = trio.Event()
+        self._start_error: KernelError | None = None
+        self._stopped = trio.Event()
+        self._hopeless = trio.Event()
+        self._closed = trio.Event()
+
+    # What a user sees ------------------------------------------------------------------------------------------------
+
+    @property
+    def info(self) -> DevInfo:
+        """What the kernel made of the device: its id, queues, depth, buffer size, flags."""
+        assert self._info is not None, "a Device is handed out only once it was added"
+        return self._info
+
+    @property
+    def dev_id(self) -> int:
+        """The N of /dev/ublkbN."""
+        return self.info.dev_id
+
+    @property
+    def path(self) -> str:
+        """The disk's device node."""
+        return self._kernel.disk_path(self.dev_id)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.backend.size
+
+    @property
+    def serve(self) -> Serve:
+        """How its requests are served."""
+        assert self._handlers is not None
+        return self._handlers.choose_serve(self.options.serve)
+
+    def ask_to_stop(self) -> None:
+        """Begin to stop; returns at once. Repeatable."""
+        self._stop_asked.set()
+
+    async def wait_closed(self) -> None:
+        """Wait until the device is gone: deleted in the kernel, backend closed. Cancelling the wait stops nothing."""
+        await self._closed.wait()
+
+    def statistics(self) -> DeviceStatistics:
+        """A snapshot."""
+        return DeviceStatistics(
+            dev_id=self.dev_id,
+            path=self.path,
+            backend=str(self.backend),
+            queues=tuple(queue.statistics() for queue in self._queues),
+        )
+
+    # Its life --------------------------------------------------------------------------------------------------------
+
+    async def run(self, task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED) -> None:
+        """Bring the disk up, serve it until it is asked to stop or cancelled, and take everything down again."""
+        try:
+            async with self._opened_backend(), self._added(), self._opened_char() as char:
+                with self._opened_queues(char):
+                    await self._serve(task_status)
+        finally:
+            self._closed.set()
+
+    @asynccontextmanager
+    async def _opened_backend(self) -> AsyncIterator[None]:
+        await self.backend.open()
+        try:
+            check_geometry(self.backend)
+            self._handlers = Handlers(self.backend, read_only=self.options.read_only)
+            self._handlers.choose_serve(self.options.serve)
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self.backend.aclose()
+
+    def _flags(self) -> Feature:
+        flags = Feature.URING_CMD_COMP_IN_TASK
+        if self._control.ioctl_encoded:
+            flags |= Feature.CMD_IOCTL_ENCODE
+        if self.options.mode is DataMode.GET_DATA:
+            flags |= Feature.NEED_GET_DATA
+        return flags
+
+    @asynccontextmanager
+    async def _added(self) -> AsyncIterator[None]:
+        options, control = self.options, self._control
+        asked = DevInfo(
+            dev_id=ANY_DEVICE_ID if options.dev_id is None else options.dev_id,
+            nr_hw_queues=options.queues,
+            queue_depth=options.depth,
+            max_io_buf_bytes=options.max_io_bytes,
+            flags=self._flags(),
+        )
+        self._info = info = await control.add_device(asked)
+        try:
+            if options.mode is DataMode.GET_DATA and Feature.NEED_GET_DATA not in info.flags:
+                raise UsageError(f"{self._kernel.name} does not do mode get-data: choose copy")
+            if info.nr_hw_queues < options.queues:
+                logger.info(
+                    "device %d: the kernel gives %d of %d queues", info.dev_id, info.nr_hw_queues, options.queues
+                )
+            assert self._handlers is not None
+            await control.set_params(info.dev_id, params_of(self._handlers, max_io_bytes=info.max_io_buf_bytes))
+            yield
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._delete(info.dev_id)
+
+    async def _delete(self, dev_id: int) -> None:
+        with trio.move_on_after(DELETE_SECONDS) as scope, already_gone_is_fine():
+            await self._control.delete_device(dev_id)
+        if scope.cancelled_caught:
+            logger.warning(
+                "device %d: the kernel will delete it when the last program that has %s open closes it",
+                dev_id,
+                self._kernel.disk_path(dev_id),
+            )
+
+    @asynccontextmanager
+    async def _opened_char(self) -> AsyncIterator[CharDevice]:
+        self._char = char = await self._kernel.open_char_device(self.info, ioctl_encoded=self._control.ioctl_encoded)
+        try:
+            yield char
+        finally:
+            char.close()
+
+    @contextmanager
+    def _opened_queues(self, char: CharDevice) -> Iterator[None]:
+        info, options = self.info, self.options
+        pooled = options.mode is DataMode.GET_DATA
+        buffers = min(options.pool_buffers, info.queue_depth) if pooled else info.queue_depth
+        assert self._handlers is not None
+        try:
+            for queue_id in range(info.nr_hw_queues):
+                ring = char.open_queue(queue_id, buffers=buffers)
+                self._queues.append(Queue(ring, self._handlers, serve=self.serve, pooled=pooled))
+            yield
+        finally:
+            for queue in self._queues:
+                queue.ring.close()
+
+    async def _serve(self, task_status: trio.TaskStatus[Device]) -> None:
+        async with open_plain_nursery() as nursery:
+            try:
+                for queue in self._queues:
+                    nursery.start_soon(self._run_queue, queue, name=f"ublk device {self.dev_id} queue {queue.queue_id}")
+                nursery.start_soon(self._start_command)
+                await self._start_ended.wait()
+                if self._start_error is not None:
+                    raise self._start_error
+                if not self._stop_asked.is_set():
+                    task_status.started(self)
+                await self._stop_asked.wait()
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop_serving()
+
+    async def _start_command(self) -> None:
+        # Not recalled when the caller is cancelled: START_DEV and STOP_DEV run in parallel in the kernel, in either
+        # order. The queues serve while it runs, so it ends soon.
+        with trio.CancelScope(shield=True):
+            try:
+                await self._control.start_device(self.dev_id)
+            except KernelError as error:
+                self._start_error = error
+            finally:
+                self._start_ended.set()
+
+    async def _run_queue(self, queue: Queue) -> None:
+        await queue.run(self._queue_failed)
+        # Queues end when the kernel has aborted their tags: if that was not our doing, somebody else stopped the
+        # device.
+        self._stop_asked.set()
+
+    def _queue_failed(self, queue: Queue, error: BaseException) -> None:
+        logger.error("device %d: queue %d failed; the device stops", self.dev_id, queue.queue_id, exc_info=error)
+        if queue.lost_tags or isinstance(error, KernelError):
+            self._hopeless.set()
+        self._stop_asked.set()
+
+    # Its end ---------------------------------------------------------------------------------------------------------
+
+    async def _stop_serving(self) -> None:
+        """Take the disk away and end the queues; see the module's docstring for the bounds."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop_command)
+            if await self._ended_while_progressing():
+                return
+            held = self._held()
+            for queue in self._queues:
+                queue.refuse()
+            if not self._hopeless.is_set() and await self._ended_within(REFUSE_SECONDS):
+                logger.warning(
+                    "device %d: not answered within the grace time, so failed with EIO: %s", self.dev_id, held
+                )
+                return
+            stuck = self._held()
+            self._close_rings()
+            ended = await self._ended_within(REFUSE_SECONDS)
+            nursery.cancel_scope.cancel()
+        if stuck or not ended:
+            raise StuckError(
+                f"device {self.dev_id} had to be torn from the kernel; not answered: {stuck or 'STOP_DEV'}"
+            )
+
+    async def _stop_command(self) -> None:
+        await self._start_ended.wait()
+        try:
+            with already_gone_is_fine():
+                await self._control.stop_device(self.dev_id)
+        finally:
+            self._stopped.set()
+
+    async def _ended(self) -> None:
+        await self._stopped.wait()
+        for queue in self._queues:
+            await queue.ended.wait()
+
+    async def _ended_within(self, seconds: float) -> bool:
+        with trio.move_on_after(seconds):
+            await self._ended()
+            return True
+        return False
+
+    async def _ended_while_progressing(self) -> bool:
+        while not self._hopeless.is_set():
+            before = sum(queue.answered for queue in self._queues)
+            if await self._ended_within(self.options.grace_seconds):
+                return True
+            if before == sum(queue.answered for queue in self._queues):
+                return False
+        return False
+
+    def _held(self) -> str:
+        """Names what the backend has not answered."""
+        return "; ".join(
+            f"queue {queue.queue_id} tag {request.tag}: {request}"
+            for queue in self._queues
+            for request in queue.unanswered()
+        )
+
+    def _close_rings(self) -> None:
+        for queue in self._queues:
+            queue.ring.close()
+        if self._char is not None:
+            self._char.close()
+
+
+async def serve_device(
+    kernel: Kernel,
+    backend: Backend,
+    options: DeviceOptions | None = None,
+    *,
+    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Serve one disk in the caller's own nursery: ``device = await nursery.start(serve_device, kernel, backend,
+    options)``.
+
+    Reports the `Device` when the disk is live. Returns after `Device.ask_to_stop`, once everything is gone.
+    Cancelling it stops the disk in the same way, bounded by the options' grace time. Raises what made it fail:
+    `UsageError`, `BackendError`, `KernelError`, `KernelUnavailableError`, `StuckError`, or the bug that broke a
+    queue.
+    """
+    async with open_control(kernel) as control:
+        await Device(kernel, control, backend, options or DeviceOptions()).run(task_status)

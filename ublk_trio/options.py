@@ -1,0 +1,60 @@
+"""What a user can choose about a device."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import attrs
+
+from ublk_trio.errors import UsageError
+from ublk_trio.handlers import Serve
+from ublk_trio.uapi import MAX_DEVICES, MAX_IO_BYTES, MAX_NR_QUEUES, MAX_QUEUE_DEPTH
+
+
+class DataMode(Enum):
+    """How a request's data moves between the kernel and the backend."""
+
+    #: One buffer per tag, posted ahead.
+    COPY = "copy"
+    #: A bounded pool of buffers per queue: memory for what is in flight only, for one more round trip per WRITE.
+    GET_DATA = "get-data"
+
+
+@attrs.frozen(kw_only=True)
+class DeviceOptions:
+    """How to make a device. The kernel may lower `queues` (to its number of CPUs) and round `max_io_bytes` down to a
+    page."""
+
+    #: The N of /dev/ublkbN; None takes a free one.
+    dev_id: int | None = None
+    queues: int = 1
+    #: Requests in flight per queue.
+    depth: int = 128
+    #: Bytes of the largest request.
+    max_io_bytes: int = 512 * 1024
+    mode: DataMode = DataMode.COPY
+    #: Buffers per queue in GET_DATA mode (at most `depth` are made).
+    pool_buffers: int = 32
+    #: None: "async" if the backend has an async method, else "inline".
+    serve: Serve | None = None
+    read_only: bool = False
+    #: Seconds without progress after which a stop no longer waits for the backend: what it still holds fails with EIO.
+    grace_seconds: float = 10.0
+
+    def check(self, *, page_size: int) -> None:
+        """Raise `UsageError` for what no kernel accepts."""
+        _check_range("queues", self.queues, 1, MAX_NR_QUEUES)
+        _check_range("depth", self.depth, 1, MAX_QUEUE_DEPTH)
+        _check_range("pool_buffers", self.pool_buffers, 1, MAX_QUEUE_DEPTH)
+        _check_range("max_io_bytes", self.max_io_bytes, page_size, MAX_IO_BYTES)
+        if self.dev_id is not None:
+            _check_range("the device id", self.dev_id, 0, MAX_DEVICES - 1)
+        if self.max_io_bytes % page_size:
+            raise UsageError(f"max_io_bytes is {self.max_io_bytes}: give a multiple of {page_size}")
+        if not self.grace_seconds >= 0:
+            raise UsageError(f"grace_seconds is {self.grace_seconds}: give 0 or more")
+
+
+def _check_range(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise UsageError(f"{name} is {value}: give {low} to {high}")

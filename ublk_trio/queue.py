@@ -1,0 +1,289 @@
+"""A queue: a ring, its tags, and the task that serves them.
+
+Facts it rests on:
+
+- A tag has at most one command with the kernel, so ``depth`` ring entries always suffice.
+- STOP_DEV blocks until every delivered request is committed, and removing a disk writes its dirty pages back first:
+  so a queue must go on
+  **serving** while it is being stopped, and it ends not when it is told to but when the kernel has aborted every tag.
+- READ data is copied out of the buffer while the commit is being submitted; until then the buffer is in use.
+
+What this means: `Queue.run` shields itself from the scopes around it. It ends when all tags have ended. If serving
+itself fails, the queue first answers everything with EIO until the kernel has ended every tag, and only then lets the
+error out.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
+
+import attrs
+import trio
+
+from ublk_trio.buffer_pool import BufferPool, PoolStatistics
+from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.handlers import Handlers, Outcome, Serve
+from ublk_trio.request import Request
+from ublk_trio.ring import EVENT, NO_SLOT, QueueRing, RingStatistics, pack_answer
+from ublk_trio.serve_async import serve_async
+from ublk_trio.serve_inline import serve_inline
+from ublk_trio.tag import SERVER_OWES, TagEvent, Tags, TagState
+from ublk_trio.uapi import IO_RES_ABORT, IO_RES_NEED_GET_DATA, IO_RES_OK, IoCommand, IoOp
+
+logger = logging.getLogger("ublk_trio.queue")
+
+#: tag, padding, result, op_flags, nr_sectors, start_sector
+Event = tuple[int, int, int, int, int, int]
+
+_COMMIT = pack_answer(IoCommand.COMMIT_AND_FETCH_REQ, 0)
+_EVENT_OF_RESULT = {
+    IO_RES_OK: TagEvent.DELIVERED,
+    IO_RES_NEED_GET_DATA: TagEvent.WRITE_ANNOUNCED,
+    IO_RES_ABORT: TagEvent.ABORTED,
+}
+_HAS_DATA = frozenset({int(IoOp.READ), int(IoOp.WRITE)})
+_READ = int(IoOp.READ)
+_OK = IO_RES_OK
+
+
+@attrs.frozen(kw_only=True)
+class QueueStatistics:
+    """What a queue did so far: requests by operation, bytes, and how its calls batched."""
+
+    queue_id: int
+    requests: dict[str, int]
+    bytes_read: int
+    bytes_written: int
+    failed: int
+    in_flight: int
+    ring: RingStatistics
+    pool: PoolStatistics | None
+
+
+class Queue:
+    """One queue of a device. `run` serves it; everything else is for the two ways of serving."""
+
+    def __init__(self, ring: QueueRing, handlers: Handlers, *, serve: Serve, pooled: bool) -> None:
+        """``pooled``: GET_DATA mode, with the ring's buffers as a pool; else one buffer per tag."""
+        self.ring = ring
+        self.queue_id = ring.queue_id
+        self.tags = Tags(queue_id=ring.queue_id, depth=ring.depth)
+        self.handlers = handlers
+        #: Events that were reaped and not looked at yet. Shared by all who serve: whoever leads goes on with it.
+        self.events: Iterator[Event] = iter(())
+        #: Requests that waited for a buffer and have it now.
+        self.ready: deque[Request] = deque()
+        self.refusing = False
+        self.lost_tags = False
+        self.ended = trio.Event()
+        self._answers: list[int] = []
+        self._serve = serve_async if serve == "async" else serve_inline
+        self._pool = BufferPool(len(ring.buffers)) if pooled else None
+        self._released: list[int] = []
+        self._requests = [Request(tag) for tag in range(ring.depth)]
+        self._read_only_views = [view.toreadonly() for view in ring.buffers]
+        for request in self._requests:
+            if pooled:
+                ring.slots[request.tag] = NO_SLOT
+            else:
+                self._assign(request, request.tag)
+        self._counts = [0] * 256
+        self._bytes = [0] * 256
+        self._failed = 0
+        self._cancel_handlers: Callable[[], None] | None = None
+
+    async def run(self, failed: Callable[[Queue, BaseException], None]) -> None:
+        """Fetch every tag, serve until the kernel has ended them all.
+
+        ``failed`` is called at once when serving fails; the error itself is raised when every tag has ended. Not
+        cancellable: stop the device instead, or close the ring.
+        """
+        with trio.CancelScope(shield=True):
+            try:
+                self._fetch_all()
+                await self._serve(self)
+            except trio.ClosedResourceError:
+                self._close_tags()
+            except BaseException as exception:
+                failed(self, exception)
+                await self._refuse_until_ended()
+                raise
+            finally:
+                self.ended.set()
+
+    def refuse(self) -> None:
+        """From now on answer requests with EIO instead of calling the backend, and cancel the calls that still run."""
+        self.refusing = True
+        if self._cancel_handlers is not None:
+            self._cancel_handlers()
+
+    def on_refuse(self, cancel_handlers: Callable[[], None] | None) -> None:
+        """Register how to cancel the handlers that are suspended (async serving only)."""
+        self._cancel_handlers = cancel_handlers
+
+    # What the two ways of serving are made of ------------------------------------------------------------------------
+
+    def start(self, request: Request) -> int | Awaitable[Outcome]:
+        """Begin to serve a request: its result, or what the backend wants awaited."""
+        return -errno.EIO if self.refusing else self.handlers.start(request)
+
+    def serve(self, request: Request) -> None:
+        """Serve a request inline, and answer it."""
+        self.answer(request, -errno.EIO if self.refusing else self.handlers.run(request))
+
+    def reap(self) -> bool:
+        """Take in the completions that are ready. False when there are none."""
+        packed = self.ring.reap()
+        if not packed:
+            return False
+        self.events = EVENT.iter_unpack(packed)
+        return True
+
+    def receive(self, event: Event) -> Request | None:
+        """Step an event's tag; the request if there is now one to serve."""
+        tag, _, result, op_flags, nr_sectors, start_sector = event
+        if result == _OK:
+            self.tags.step(tag, TagEvent.DELIVERED)
+            request = self._requests[tag]
+            request.load(op_flags, nr_sectors, start_sector)
+            if self._pool is None or request.op not in _HAS_DATA:
+                return request
+            if request.op != _READ:
+                return request  # its buffer came with NEED_GET_DATA
+            return request if self._take_buffer(request) else None
+        happened = _EVENT_OF_RESULT.get(result, TagEvent.REFUSED)
+        self.tags.step(tag, happened)
+        if happened is TagEvent.WRITE_ANNOUNCED:
+            request = self._requests[tag]
+            request.load(op_flags, nr_sectors, start_sector)
+            if self._take_buffer(request):
+                self._get_data(request)
+        elif happened is TagEvent.REFUSED:
+            self.lost_tags = True
+            raise KernelError(
+                -result,
+                f"the kernel refused a command for queue {self.queue_id} tag {tag}: {errno_text(result)}",
+            )
+        return None
+
+    def answer(self, request: Request, result: int) -> None:
+        """Queue a request's commit and change its tag's state, with no await between: a commit is atomic.
+
+        Goes out with the next `flush`.
+        """
+        tag = request.tag
+        self.tags.step(tag, TagEvent.COMMIT)
+        self._answers.append((result << 32) | _COMMIT | tag)
+        op = request.op
+        self._counts[op] += 1
+        if result < 0:
+            self._failed += 1
+        else:
+            self._bytes[op] += result
+        if self._pool is not None and op in _HAS_DATA:
+            self._released.append(tag)
+
+    def flush(self) -> None:
+        """Send all answers in one call; then hand the buffers that came free to the requests that wait for one."""
+        while self._answers:
+            answers, self._answers = self._answers, []
+            self.ring.commit(answers)
+            if self._pool is not None:
+                self._pass_buffers_on(self._pool)
+
+    # Buffers ---------------------------------------------------------------------------------------------------------
+
+    def _assign(self, request: Request, slot: int) -> None:
+        request.buffer = self.ring.buffers[slot]
+        request.data = self._read_only_views[slot]
+        self.ring.slots[request.tag] = slot
+
+    def _take_buffer(self, request: Request) -> bool:
+        assert self._pool is not None, "without a pool every tag has its buffer"
+        slot = self._pool.take(request.tag)
+        if slot is None:
+            return False
+        self._assign(request, slot)
+        return True
+
+    def _get_data(self, request: Request) -> None:
+        self.tags.step(request.tag, TagEvent.GET_DATA)
+        self._answers.append(pack_answer(IoCommand.NEED_GET_DATA, request.tag))
+
+    def _pass_buffers_on(self, pool: BufferPool) -> None:
+        slots = self.ring.slots
+        for tag in self._released:
+            pool.give_back(slots[tag])
+            slots[tag] = NO_SLOT
+        self._released.clear()
+        while (waiter := pool.next_waiter()) is not None:
+            tag, slot = waiter
+            request = self._requests[tag]
+            self._assign(request, slot)
+            if self.tags[tag] is TagState.ANNOUNCED:
+                self._get_data(request)
+            else:
+                self.ready.append(request)
+
+    # Beginning and end -----------------------------------------------------------------------------------------------
+
+    def _fetch_all(self) -> None:
+        for tag in range(self.ring.depth):
+            self.tags.step(tag, TagEvent.FETCH)
+            self._answers.append(pack_answer(IoCommand.FETCH_REQ, tag))
+        self.flush()
+
+    async def _refuse_until_ended(self) -> None:
+        """After a failure: every delivered request is answered with EIO, as long as the ring works."""
+        self.refuse()
+        try:
+            self._answer_what_is_owed()
+            await serve_inline(self)
+        except trio.ClosedResourceError:
+            self._close_tags()
+        except Exception:
+            logger.exception("queue %d cannot even refuse requests; its ring must be closed", self.queue_id)
+            self.lost_tags = True
+            self._close_tags()
+
+    def _answer_what_is_owed(self) -> None:
+        """Nobody serves any more, all handlers are gone: refuse what they left, but for requests that stand in line
+        for a buffer.
+
+        These get one as the others are answered, and are then refused like any new request.
+        """
+        self.ready.clear()
+        for tag in list(self.tags.in_states(SERVER_OWES)):
+            request = self._requests[tag]
+            if self._pool is None or request.op not in _HAS_DATA or self.ring.slots[tag] != NO_SLOT:
+                self.answer(request, -errno.EIO)
+        self.flush()
+
+    def _close_tags(self) -> None:
+        for tag in range(self.ring.depth):
+            self.tags.step(tag, TagEvent.RING_CLOSED)
+
+    @property
+    def answered(self) -> int:
+        """How many requests were answered so far."""
+        return sum(self._counts)
+
+    def unanswered(self) -> list[Request]:
+        """The requests that the server holds now."""
+        return [self._requests[tag] for tag in self.tags.in_states(SERVER_OWES)]
+
+    def statistics(self) -> QueueStatistics:
+        """A snapshot; costs a walk over the tags."""
+        return QueueStatistics(
+            queue_id=self.queue_id,
+            requests={op.name: self._counts[op] for op in IoOp if self._counts[op]},
+            bytes_read=self._bytes[IoOp.READ],
+            bytes_written=self._bytes[IoOp.WRITE],
+            failed=self._failed,
+            in_flight=self.tags.count(SERVER_OWES),
+            ring=self.ring.statistics(),
+            pool=self._pool.statistics() if self._pool is not None else None,
+        )

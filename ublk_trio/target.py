@@ -1,0 +1,129 @@
+"""A target: the scope that owns devices.
+
+``async with open_target(kernel) as target:`` owns a nursery; each device is a task in it. Leaving the block,
+cancelling it, or an error in it stops and deletes every device. One device's failure never takes another down: it is
+kept for whoever waits for that device, and comes out of the block's end if nobody did.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import attrs
+import trio
+
+from ublk_trio.backends import Backend
+from ublk_trio.control import Control, open_control
+from ublk_trio.device import Device, DeviceStatistics
+from ublk_trio.nursery import open_plain_nursery
+from ublk_trio.options import DeviceOptions
+from ublk_trio.ring import Kernel
+
+logger = logging.getLogger("ublk_trio.target")
+
+
+@attrs.frozen(kw_only=True)
+class TargetStatistics:
+    """What a target's devices did so far."""
+
+    devices: tuple[DeviceStatistics, ...]
+
+
+class Target:
+    """Owner of devices. Made by `open_target`, never directly."""
+
+    def __init__(self, kernel: Kernel, control: Control, nursery: trio.Nursery) -> None:
+        self.kernel = kernel
+        self._control = control
+        self._nursery = nursery
+        self._devices: dict[int, Device] = {}
+        self._failures: dict[Device, Exception] = {}
+
+    @property
+    def devices(self) -> tuple[Device, ...]:
+        """The devices that are live or stopping, by id."""
+        return tuple(self._devices[dev_id] for dev_id in sorted(self._devices))
+
+    async def start_device(self, backend: Backend, options: DeviceOptions | None = None) -> Device:
+        """Start a disk; return when it is live. The target opens the backend and closes it when the disk is gone.
+
+        Raises `UsageError`, `BackendError` or `KernelError`, and then nothing is left of it. Cancelled means the same.
+        """
+        device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions())
+        return device
+
+    async def stop_device(self, device: Device) -> None:
+        """Stop a disk; return when it is gone. Raises what made it fail, if it did.
+
+        Cancelling the wait does not undo the stop.
+        """
+        device.ask_to_stop()
+        await self.wait_device(device)
+
+    async def wait_device(self, device: Device) -> None:
+        """Wait until a disk is gone, for whatever reason. Raises what made it fail, if it did."""
+        await device.wait_closed()
+        failure = self._failures.pop(device, None)
+        if failure is not None:
+            raise failure
+
+    def statistics(self) -> TargetStatistics:
+        """A snapshot."""
+        return TargetStatistics(devices=tuple(device.statistics() for device in self.devices))
+
+    async def _hold(self, backend: Backend, options: DeviceOptions, *, task_status: trio.TaskStatus[Device]) -> None:
+        device = Device(self.kernel, self._control, backend, options)
+        live = _Live(self._devices, task_status)
+        try:
+            await device.run(live)
+        except Exception as failure:
+            if not live.reported:
+                raise
+            logger.error("device %d failed: %s", device.dev_id, failure)
+            self._failures[device] = failure
+        finally:
+            if live.reported:
+                del self._devices[device.dev_id]
+
+    def _raise_unseen(self) -> None:
+        failures = list(self._failures.values())
+        if len(failures) == 1:
+            raise failures[0]
+        if failures:
+            raise ExceptionGroup("devices failed", failures)
+
+
+class _Live(trio.TaskStatus[Device]):
+    """Enters a device in its target's list at the moment when it is live."""
+
+    def __init__(self, devices: dict[int, Device], task_status: trio.TaskStatus[Device]) -> None:
+        self._devices = devices
+        self._task_status = task_status
+        self.reported = False
+
+    def started(self, value: Device | None = None) -> None:
+        assert value is not None
+        self._devices[value.dev_id] = value
+        self.reported = True
+        self._task_status.started(value)
+
+
+@asynccontextmanager
+async def open_target(kernel: Kernel) -> AsyncIterator[Target]:
+    """Open a kernel's ublk driver for serving disks.
+
+    Raises `KernelUnavailableError` when there is none. At the end of the block every device is stopped and deleted,
+    shielded from cancellation and bounded by each device's grace time. One error comes out plainly, several as an
+    `ExceptionGroup`; a device's failure comes out here only if nobody got it from `Target.wait_device` or
+    `Target.stop_device`.
+    """
+    async with open_control(kernel) as control:
+        async with open_plain_nursery() as nursery:
+            target = Target(kernel, control, nursery)
+            try:
+                yield target
+            finally:
+                nursery.cancel_scope.cancel()
+        target._raise_unseen()
