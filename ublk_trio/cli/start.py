@@ -1,0 +1,207 @@
+"""``start``: serve disks until SIGINT or SIGTERM; or, with ``--kernel sim``, run a verified workload on a simulated
+one."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Annotated, Literal
+
+import trio
+from cyclopts import Parameter
+
+from ublk_trio.backends import parse_backend, parse_size
+from ublk_trio.cli.exit_codes import ExitCode
+from ublk_trio.cli.output import print_json
+from ublk_trio.cli.progress import Progress
+from ublk_trio.cli.records import remove_record, write_record
+from ublk_trio.device import Device
+from ublk_trio.errors import UblkError, UsageError
+from ublk_trio.handlers import Serve
+from ublk_trio.kernel_sim import SeededChoices, SimKernel
+from ublk_trio.options import DataMode, DeviceOptions
+from ublk_trio.real import RealKernel
+from ublk_trio.target import Target, open_target
+from ublk_trio.workload import Pattern, Workload, WorkloadReport
+
+logger = logging.getLogger("ublk_trio.cli")
+
+
+async def start(
+    *,
+    backend: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    kernel: Literal["real", "sim"] = "real",
+    id: int | None = None,
+    queues: int = 1,
+    depth: int = 128,
+    max_io: str = "512K",
+    mode: Literal["copy", "get-data"] = "copy",
+    serve: Serve | None = None,
+    read_only: Annotated[bool, Parameter(negative="")] = False,
+    grace: float = 10.0,
+    workload: Pattern = "random",
+    seconds: float | None = None,
+    seed: int = 0,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> int:
+    """Serve disks until SIGINT or SIGTERM, then stop them cleanly.
+
+    Prints the path of each disk, one a line, when it is live.
+
+    Parameters
+    ----------
+    backend
+        What a disk is made of: memory:SIZE, null:SIZE or file:PATH, each with [,key=value…]. Repeat it for more disks.
+    kernel
+        "sim" serves simulated disks, without root: it runs a verified workload on each and exits 0 only if every byte
+        came back right.
+    id
+        The N of /dev/ublkbN; further disks get the next ones. Default: free ones.
+    queues
+        Queues per disk; the kernel lowers it to its number of CPUs.
+    depth
+        Requests in flight per queue.
+    max_io
+        The largest request.
+    mode
+        How data moves: "copy" posts a buffer per request ahead, "get-data" takes buffers from a bounded pool.
+    serve
+        "inline" calls the backend in the loop that reaps requests, "async" lets requests wait for each other's I/O.
+        Default: what suits the backend.
+    read_only
+        Refuse writes.
+    grace
+        Seconds without progress after which a stop no longer waits for the backend.
+    workload
+        The order of the simulated workload's blocks.
+    seconds
+        How long the simulated workload runs. Default: 5.
+    seed
+        Decides everything random in the simulated run.
+    json
+        Print JSON objects instead of paths and text.
+    """
+    if not backend:
+        raise UsageError("say what the disk is made of, for example --backend memory:1G")
+    if kernel == "real" and seconds is not None:
+        raise UsageError("--seconds is for --kernel sim; a real disk is served until SIGINT or SIGTERM")
+    options = [
+        DeviceOptions(
+            dev_id=None if id is None else id + index,
+            queues=queues,
+            depth=depth,
+            max_io_bytes=parse_size(max_io),
+            mode=DataMode(mode),
+            serve=serve,
+            read_only=read_only,
+            grace_seconds=grace,
+        )
+        for index in range(len(backend))
+    ]
+    if kernel == "sim":
+        return await _simulate(
+            backend, options, Workload(seed=seed, pattern=workload, seconds=seconds or 5.0), json=json
+        )
+    return await _serve(backend, options, json=json)
+
+
+async def _wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        task_status.started()
+        async for number in signals:
+            logger.info("%s: stopping", signal.Signals(number).name)
+            cancel.cancel()
+
+
+async def _serve(specs: tuple[str, ...], options: list[DeviceOptions], *, json: bool) -> int:
+    code = ExitCode.OK
+    async with trio.open_nursery() as nursery:
+        serving = trio.CancelScope()
+        await nursery.start(_wait_for_signal, serving)
+        with serving:
+            async with open_target(RealKernel()) as target:
+                await _start_all(target, specs, options, json=json)
+                for device in target.devices:
+                    code = max(code, await _wait_until_gone(target, device))
+        nursery.cancel_scope.cancel()
+    return code
+
+
+async def _start_all(
+    target: Target, specs: tuple[str, ...], options: list[DeviceOptions], *, json: bool
+) -> list[Device]:
+    started = []
+    for spec, each in zip(specs, options, strict=True):
+        device = await target.start_device(parse_backend(spec), each)
+        write_record(device.dev_id, backend=spec)
+        started.append(device)
+        if json:
+            print_json({"id": device.dev_id, "path": device.path, "size": device.size, "serve": device.serve})
+        else:
+            print(device.path, flush=True)
+    return started
+
+
+async def _wait_until_gone(target: Target, device: Device) -> ExitCode:
+    try:
+        await target.wait_device(device)
+    except UblkError as error:
+        print(f"ublk-trio: {error}", file=sys.stderr)
+        return ExitCode.FAILED
+    finally:
+        remove_record(device.dev_id)
+    return ExitCode.OK
+
+
+async def _simulate(specs: tuple[str, ...], options: list[DeviceOptions], workload: Workload, *, json: bool) -> int:
+    kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True)
+    print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
+    async with trio.open_nursery() as nursery:
+        running = trio.CancelScope()
+        await nursery.start(_wait_for_signal, running)
+        with running:
+            async with open_target(kernel) as target:
+                reports: list[WorkloadReport] = []
+                with Progress(seconds=workload.seconds) as progress:
+                    async with trio.open_nursery() as workloads:
+                        for spec, each in zip(specs, options, strict=True):
+                            device = await target.start_device(parse_backend(spec), each)
+                            disk = kernel.block_device(device.dev_id)
+                            report = WorkloadReport(disk=device.path)
+                            reports.append(report)
+                            progress.add(report)
+                            workloads.start_soon(workload.run, disk, report)
+        nursery.cancel_scope.cancel()
+    return _conclude(kernel, reports, interrupted=running.cancelled_caught, json=json)
+
+
+def _conclude(kernel: SimKernel, reports: list[WorkloadReport], *, interrupted: bool, json: bool) -> int:
+    leftovers = kernel.leftovers()
+    faults = [fault for report in reports for fault in report.faults] + [str(v) for v in kernel.violations]
+    faults += [f"left behind: {thing}" for thing in leftovers]
+    if json:
+        print_json(
+            {
+                "disks": [
+                    {
+                        "disk": report.disk,
+                        "reads": report.reads,
+                        "writes": report.writes,
+                        "other": report.others,
+                        "bytes_verified": report.bytes_verified,
+                    }
+                    for report in reports
+                ],
+                "faults": faults,
+                "interrupted": interrupted,
+            }
+        )
+    else:
+        for report in reports:
+            print(report)
+        if not faults:
+            print("every byte came back right; nothing is left behind")
+    for fault in faults[:20]:
+        print(f"ublk-trio: {fault}", file=sys.stderr)
+    return ExitCode.FAILED if faults else ExitCode.OK
