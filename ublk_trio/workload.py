@@ -9,6 +9,7 @@ it is read.
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from typing import Literal, Protocol
@@ -67,32 +68,38 @@ class Workload:
 
     seed: int = 0
     pattern: Pattern = "random"
-    #: How long to run.
+    #: How long to run at most.
     seconds: float = 5.0
+    #: How many operations each application does; None: as many as there is time for.
+    operations: int | None = None
+    #: Bytes of each application's region at the most.
+    region_bytes: int = REGION_BYTES_MAX
+    #: False for a disk that forgets what is written (null): then reads must give zeroes.
+    keeps_data: bool = True
 
     async def run(self, disk: Disk, report: WorkloadReport) -> None:
         """Run on a disk, which it overwrites; faults are collected in the report. A disk that cannot be written is
         only read."""
         applications = max(1, min(APPLICATIONS, disk.size // disk.block_size))
-        region = min(disk.size // applications, REGION_BYTES_MAX)
+        region = min(disk.size // applications, self.region_bytes)
         region -= region % disk.block_size
         begin = time.monotonic()
         with trio.move_on_after(self.seconds) as scope:
             async with trio.open_nursery() as nursery:
                 for number in range(applications):
                     chance = random.Random(f"{self.seed}/{report.disk}/{number}")
-                    application = _Application(self.pattern, chance, disk, number * region, region, report)
+                    application = _Application(self, chance, disk, number * region, region, report)
                     nursery.start_soon(application.run, begin)
         report.seconds = time.monotonic() - begin
-        if not scope.cancelled_caught and not report.faults:
-            report.faults.append(f"{report.disk}: the workload ended early")
+        if self.operations is not None and scope.cancelled_caught:
+            report.faults.append(f"{report.disk}: not done after {self.seconds:g} s")
 
 
 class _Application:
     def __init__(
-        self, pattern: Pattern, chance: random.Random, disk: Disk, start: int, size: int, report: WorkloadReport
+        self, workload: Workload, chance: random.Random, disk: Disk, start: int, size: int, report: WorkloadReport
     ) -> None:
-        self.pattern = pattern
+        self.workload = workload
         self.chance = chance
         self.disk = disk
         self.start = start
@@ -104,8 +111,10 @@ class _Application:
     async def run(self, begin: float) -> None:
         try:
             self.model[:] = await self.disk.read(self.start, self.size)
-            while not self.report.faults:
+            for _ in itertools.count() if self.workload.operations is None else range(self.workload.operations):
                 await self._one()
+                if self.report.faults:
+                    return
                 self.report.seconds = time.monotonic() - begin
                 await trio.lowlevel.checkpoint()
         except OSError as error:
@@ -115,7 +124,7 @@ class _Application:
         block = self.disk.block_size
         blocks = self.size // block
         length = min(blocks, LENGTH_BYTES_MAX // block, 1 << self.chance.randrange(12))
-        if self.pattern == "random":
+        if self.workload.pattern == "random":
             return self.chance.randrange(blocks - length + 1) * block, length * block
         if self.next_block + length > blocks:
             self.next_block = 0
@@ -150,7 +159,8 @@ class _Application:
     async def _write(self, offset: int, length: int, *, fua: bool) -> None:
         data = self.chance.randbytes(length)
         await self.disk.write(self.start + offset, data, fua=fua)
-        self.model[offset : offset + length] = data
+        if self.workload.keeps_data:
+            self.model[offset : offset + length] = data
         self.report.writes += 1
 
     async def _zero(self, offset: int, length: int) -> None:

@@ -8,12 +8,12 @@ import pytest
 
 from tests.both.arms import Arm, RealArm, SimArm, has_real_kernel
 
-ARMS = {"sim": SimArm, "real": RealArm} if has_real_kernel() else {"sim": SimArm}
+ARMS: dict[str, type[SimArm | RealArm]] = {"sim": SimArm, "real": RealArm} if has_real_kernel() else {"sim": SimArm}
 
 
 @pytest.fixture(params=list(ARMS))
 def arm(request: pytest.FixtureRequest) -> Iterator[Arm]:
     """A kernel; at the end of the test nothing may be left on it."""
-    arm = ARMS[request.param]()
+    arm: Arm = ARMS[request.param]()
     yield arm
     assert arm.leftovers() == []

@@ -4,14 +4,16 @@ one."""
 from __future__ import annotations
 
 import logging
+import mmap
 import signal
 import sys
 from typing import Annotated, Literal
 
+import attrs
 import trio
 from cyclopts import Parameter
 
-from ublk_trio.backends import parse_backend, parse_size
+from ublk_trio.backends import Backend, Null, parse_backend, parse_size
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.progress import Progress
@@ -30,7 +32,7 @@ logger = logging.getLogger("ublk_trio.cli")
 
 async def start(
     *,
-    backend: Annotated[tuple[str, ...], Parameter(negative="")] = (),
+    backend: Annotated[tuple[str, ...], Parameter(negative="")],
     kernel: Literal["real", "sim"] = "real",
     id: int | None = None,
     queues: int = 1,
@@ -82,28 +84,37 @@ async def start(
     json
         Print JSON objects instead of paths and text.
     """
-    if not backend:
-        raise UsageError("say what the disk is made of, for example --backend memory:1G")
     if kernel == "real" and seconds is not None:
         raise UsageError("--seconds is for --kernel sim; a real disk is served until SIGINT or SIGTERM")
-    options = [
-        DeviceOptions(
-            dev_id=None if id is None else id + index,
-            queues=queues,
-            depth=depth,
-            max_io_bytes=parse_size(max_io),
-            mode=DataMode(mode),
-            serve=serve,
-            read_only=read_only,
-            grace_seconds=grace,
+    disks = [
+        _Disk(
+            spec=spec,
+            backend=parse_backend(spec),
+            options=DeviceOptions(
+                dev_id=None if id is None else id + index,
+                queues=queues,
+                depth=depth,
+                max_io_bytes=parse_size(max_io),
+                mode=DataMode(mode),
+                serve=serve,
+                read_only=read_only,
+                grace_seconds=grace,
+            ),
         )
-        for index in range(len(backend))
+        for index, spec in enumerate(backend)
     ]
+    for disk in disks:
+        disk.options.check(page_size=mmap.PAGESIZE)
     if kernel == "sim":
-        return await _simulate(
-            backend, options, Workload(seed=seed, pattern=workload, seconds=seconds or 5.0), json=json
-        )
-    return await _serve(backend, options, json=json)
+        return await _simulate(disks, Workload(seed=seed, pattern=workload, seconds=seconds or 5.0), json=json)
+    return await _serve(disks, json=json)
+
+
+@attrs.frozen(kw_only=True)
+class _Disk:
+    spec: str
+    backend: Backend
+    options: DeviceOptions
 
 
 async def _wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
@@ -114,33 +125,28 @@ async def _wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskSt
             cancel.cancel()
 
 
-async def _serve(specs: tuple[str, ...], options: list[DeviceOptions], *, json: bool) -> int:
+async def _serve(disks: list[_Disk], *, json: bool) -> int:
     code = ExitCode.OK
     async with trio.open_nursery() as nursery:
         serving = trio.CancelScope()
         await nursery.start(_wait_for_signal, serving)
         with serving:
             async with open_target(RealKernel()) as target:
-                await _start_all(target, specs, options, json=json)
-                for device in target.devices:
+                devices = [await _start_one(target, disk, json=json) for disk in disks]
+                for device in devices:
                     code = max(code, await _wait_until_gone(target, device))
         nursery.cancel_scope.cancel()
     return code
 
 
-async def _start_all(
-    target: Target, specs: tuple[str, ...], options: list[DeviceOptions], *, json: bool
-) -> list[Device]:
-    started = []
-    for spec, each in zip(specs, options, strict=True):
-        device = await target.start_device(parse_backend(spec), each)
-        write_record(device.dev_id, backend=spec)
-        started.append(device)
-        if json:
-            print_json({"id": device.dev_id, "path": device.path, "size": device.size, "serve": device.serve})
-        else:
-            print(device.path, flush=True)
-    return started
+async def _start_one(target: Target, disk: _Disk, *, json: bool) -> Device:
+    device = await target.start_device(disk.backend, disk.options)
+    write_record(device.dev_id, backend=disk.spec)
+    if json:
+        print_json({"id": device.dev_id, "path": device.path, "size": device.size, "serve": device.serve})
+    else:
+        print(device.path, flush=True)
+    return device
 
 
 async def _wait_until_gone(target: Target, device: Device) -> ExitCode:
@@ -154,7 +160,7 @@ async def _wait_until_gone(target: Target, device: Device) -> ExitCode:
     return ExitCode.OK
 
 
-async def _simulate(specs: tuple[str, ...], options: list[DeviceOptions], workload: Workload, *, json: bool) -> int:
+async def _simulate(disks: list[_Disk], workload: Workload, *, json: bool) -> int:
     kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True)
     print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
     async with trio.open_nursery() as nursery:
@@ -165,13 +171,13 @@ async def _simulate(specs: tuple[str, ...], options: list[DeviceOptions], worklo
                 reports: list[WorkloadReport] = []
                 with Progress(seconds=workload.seconds) as progress:
                     async with trio.open_nursery() as workloads:
-                        for spec, each in zip(specs, options, strict=True):
-                            device = await target.start_device(parse_backend(spec), each)
-                            disk = kernel.block_device(device.dev_id)
+                        for disk in disks:
+                            device = await target.start_device(disk.backend, disk.options)
                             report = WorkloadReport(disk=device.path)
                             reports.append(report)
                             progress.add(report)
-                            workloads.start_soon(workload.run, disk, report)
+                            run = attrs.evolve(workload, keeps_data=not isinstance(disk.backend, Null)).run
+                            workloads.start_soon(run, kernel.block_device(device.dev_id), report)
         nursery.cancel_scope.cancel()
     return _conclude(kernel, reports, interrupted=running.cancelled_caught, json=json)
 
