@@ -22,7 +22,7 @@ class OptionalNative(build_ext):
     """Builds the native part, or says in one line why not."""
 
     def build_extension(self, ext: Extension) -> None:
-        compiler = self.compiler.compiler_so[:1]
+        compiler = list(self.compiler.compiler_so)
         try:
             build_native.check(compiler)
             generated = Path(self.build_temp, "_native.c")

@@ -436,8 +436,8 @@ int ut_control_submit(struct ut_control *control, uint64_t id, uint32_t opcode, 
 	return ring_submit(&control->ring);
 }
 
-/* Interrupt every command that waits in the kernel, so far as it lets itself be interrupted. Each still gives its result. */
-int ut_control_recall(struct ut_control *control)
+/* Interrupt a command that waits in the kernel, or every one, so far as it lets itself be interrupted. Each still gives its result. */
+int ut_control_recall(struct ut_control *control, uint64_t id)
 {
 	struct io_uring_sqe *sqe;
 
@@ -448,7 +448,10 @@ int ut_control_recall(struct ut_control *control)
 		return -EBUSY;
 	sqe->opcode = IORING_OP_ASYNC_CANCEL;
 	sqe->fd = -1;
-	sqe->cancel_flags = IORING_ASYNC_CANCEL_ALL | IORING_ASYNC_CANCEL_ANY;
+	if (id == UT_EVERY_COMMAND)
+		sqe->cancel_flags = IORING_ASYNC_CANCEL_ALL | IORING_ASYNC_CANCEL_ANY;
+	else
+		sqe->addr = id;
 	sqe->user_data = RECALL_ID;
 	return ring_submit(&control->ring);
 }

@@ -60,6 +60,9 @@ int ut_queue_commit(struct ut_queue *queue, const int64_t *answers, unsigned n);
 void ut_queue_counters(const struct ut_queue *queue, struct ut_queue_counters *counters);
 int ut_queue_close(struct ut_queue *queue);
 
+/* In ut_control_recall: every command. */
+#define UT_EVERY_COMMAND 0
+
 struct ut_control_result {
 	uint64_t id;
 	int32_t result;
@@ -71,7 +74,7 @@ struct ut_control;
 int ut_control_open(struct ut_control **control, int control_fd, const char **failed);
 int ut_control_fd(const struct ut_control *control);
 int ut_control_submit(struct ut_control *control, uint64_t id, uint32_t opcode, const void *command);
-int ut_control_recall(struct ut_control *control);
+int ut_control_recall(struct ut_control *control, uint64_t id);
 int ut_control_reap(struct ut_control *control, struct ut_control_result *results, unsigned max);
 void ut_control_close(struct ut_control *control);
 

@@ -245,7 +245,11 @@ class Device:
                 await self._stop_asked.wait()
             finally:
                 with trio.CancelScope(shield=True):
-                    await self._stop_serving()
+                    try:
+                        await self._stop_serving()
+                    finally:
+                        # Whatever went wrong there: without its ring no queue can go on for ever.
+                        self._close_rings()
 
     async def _start_command(self) -> None:
         # Not recalled when the caller is cancelled: START_DEV and STOP_DEV run in parallel in the kernel, in either
@@ -300,6 +304,9 @@ class Device:
         try:
             with already_gone_is_fine():
                 await self._control.stop_device(self.dev_id)
+        except KernelError:
+            logger.exception("device %d: cannot be stopped; its rings will be closed", self.dev_id)
+            self._hopeless.set()
         finally:
             self._stopped.set()
 

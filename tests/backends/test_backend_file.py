@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import trio
 import trio.testing
-from backend_model import Step, check_against_model, scripts
 from hypothesis import HealthCheck, given, settings
 
+from tests.backends.backend_model import Step, check_against_model, scripts
 from ublk_trio.backends import File, ThreadedFile, _linux, capabilities, check_geometry
 from ublk_trio.errors import BackendError, UsageError
 

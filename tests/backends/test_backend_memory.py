@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import trio
-from backend_model import Step, check_against_model, scripts
 from hypothesis import HealthCheck, Phase, given, settings
 
-from ublk_trio.backends import Memory, as_async
+from tests.backends.backend_model import Step, check_against_model, scripts
+from ublk_trio.backends import Memory, as_async, memory
 from ublk_trio.errors import BackendError, UsageError
 
 PAGE = mmap.PAGESIZE
@@ -36,8 +37,8 @@ def test_async_memory_is_a_bytearray(script: list[Step]) -> None:
 
 
 class WritesOneBlockLate(Memory):
-    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
-        super().write(min(offset + 512, self.size - len(data)), data, fua=fua)
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
+        return super().write(min(offset + 512, self.size - len(data)), data, fua=fua)
 
 
 class ZeroesAByteTooMany(Memory):
@@ -55,11 +56,12 @@ class RoundsDiscardUp(Memory):
 class LeavesHolesStale(Memory):
     """What reading into a buffer of an earlier request shows when nothing is copied for a hole."""
 
-    def read(self, offset: int, buffer: memoryview) -> None:
+    def read(self, offset: int, buffer: memoryview) -> int | None:
         wanted = bytearray(len(buffer))
         super().read(offset, memoryview(wanted))
         if any(wanted):
             buffer[:] = wanted
+        return None
 
 
 @pytest.mark.parametrize("planted", [WritesOneBlockLate, ZeroesAByteTooMany, RoundsDiscardUp, LeavesHolesStale])
@@ -164,6 +166,15 @@ def test_a_limited_address_space_is_named() -> None:
         "memory:1T: ENOMEM (Cannot allocate memory): address space is limited to 2147483648 bytes: "
         "raise it with ulimit -v unlimited, or use a smaller disk\n"
     )
+
+
+def test_strict_overcommit_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With vm.overcommit_memory 2 the error says so, and how to change it."""
+    setting = tmp_path / "overcommit_memory"
+    setting.write_text("2\n")
+    monkeypatch.setattr(memory, "_OVERCOMMIT", str(setting))
+    with pytest.raises(BackendError, match=r"vm\.overcommit_memory is 2 .*: sysctl vm\.overcommit_memory=0, or use a"):
+        Memory(1 << 62)
 
 
 def test_a_forked_child_writes_its_own_copy() -> None:

@@ -20,8 +20,8 @@ Some facts, and what they mean for a backend:
 - *Buffers.* `buffer` and `data` are contiguous memoryviews of bytes (format ``B``), page aligned on the real kernel,
   valid **only during the call**: the kernel reuses the memory for the next request. Keep a copy, never the view. `data`
   may be read-only.
-- *Results.* None means "all of it"; an int is the number of bytes done. The kernel asks again for the rest of a short read;
-  a short write fails with EIO, because the kernel has no way to be told of one. An `OSError` fails the request with its
+- *Results.* None means "all of it"; an int is the number of bytes done. The kernel asks again for the rest of a short
+  read; a short write fails with EIO, because the kernel can't be told of one. An `OSError` fails the request with its
   errno (one without an errno, and any other exception, with EIO) and nothing else.
 - *Threads.* Every method runs in Trio's thread. A plain ``def`` is called in the middle of the loop that serves the
   queue: it must not wait for anything slow. An ``async def`` may wait; a backend with any of those is served by the

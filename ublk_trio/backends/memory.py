@@ -26,7 +26,8 @@ MiB, µs a request:
 
 The mapping is as fast or faster wherever data moves, frees memory by the page (a chunk only goes when all of it does),
 has no object per chunk for the garbage collector to walk, and a C loop can serve it as it stands. Only the first touch
-of a large range is dearer, by its page faults.
+of a large range is dearer, by its page faults;
+MADV_HUGEPAGE would make that 56 µs, and the first write of 4 KiB 16 µs and 2 MiB of memory: not for a sparse disk.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from ublk_trio.backends.sizes import format_size
 from ublk_trio.errors import BackendError, errno_text
 
 _PAGE: Final = mmap.PAGESIZE
+_OVERCOMMIT: Final = "/proc/sys/vm/overcommit_memory"
 #: Not sys.platform: a type checker would call the other branch unreachable.
 _ON_LINUX: Final = platform.system() == "Linux"
 
@@ -79,13 +81,15 @@ class Memory(Backend):
         self._mapping = _map(size)
         self._view = memoryview(self._mapping)
 
-    def read(self, offset: int, buffer: memoryview) -> None:
+    def read(self, offset: int, buffer: memoryview) -> int | None:
         """Copies out; what was never written, or was discarded, is zeroes."""
         buffer[:] = self._view[offset : offset + len(buffer)]
+        return None
 
-    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
         """Copies in. `fua` has no meaning: there is no cache in front of the memory."""
         self._view[offset : offset + len(data)] = data
+        return None
 
     def discard(self, offset: int, length: int) -> None:
         """Frees the pages; the range reads as zeroes."""
@@ -130,7 +134,7 @@ def _why_refused(size: int) -> str:
             return (
                 f"address space is limited to {limit} bytes: raise it with ulimit -v unlimited, or use a smaller disk"
             )
-        with open("/proc/sys/vm/overcommit_memory", encoding="ascii") as setting:
+        with open(_OVERCOMMIT, encoding="ascii") as setting:
             if setting.read().strip() == "2":
                 mend = "sysctl vm.overcommit_memory=0, or use a smaller disk or file:PATH"
                 return f"vm.overcommit_memory is 2 and counts all of it: {mend}"

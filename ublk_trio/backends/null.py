@@ -26,12 +26,14 @@ class Null(Backend):
         self.block_size = block_size
         check_geometry(self)
 
-    def read(self, offset: int, buffer: memoryview) -> None:
+    def read(self, offset: int, buffer: memoryview) -> int | None:
         """Zeroes."""
         fill_zeroes(buffer)
+        return None
 
-    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
         """Dropped."""
+        return None
 
     def discard(self, offset: int, length: int) -> None:
         """Nothing to free."""

@@ -1,7 +1,8 @@
 """A Linux kernel's ublk driver and block layer, simulated in this process.
 
-`SimKernel` is to the engine what the real kernel is, and `SimKernel.block_device` gives what an application sees of the disks. No root, no Linux, no time and
-no chance: every free decision comes from one `Choices`, so a run replays exactly. Each module says what it supports, what it rejects and where it differs from Linux.
+`SimKernel` is to the engine what the real kernel is, and `SimKernel.block_device` gives what an application sees of the
+disks. No root, no Linux, no time and no chance: every free decision comes from one `Choices`, so a run replays exactly.
+Each module says what it supports, what it rejects and where it differs from Linux.
 """
 
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
@@ -17,6 +18,7 @@ from ublk_trio.kernel_sim.choices import (
     hypothesis_choices,
 )
 from ublk_trio.kernel_sim.kernel import SimKernel
+from ublk_trio.kernel_sim.scheduling import scheduled_by
 from ublk_trio.kernel_sim.version import KernelVersion
 
 __all__ = [
@@ -34,4 +36,5 @@ __all__ = [
     "SimulatorViolationError",
     "Violation",
     "hypothesis_choices",
+    "scheduled_by",
 ]

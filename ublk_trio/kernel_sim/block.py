@@ -1,15 +1,16 @@
 """The block layer above the driver: what an application sees of ``/dev/ublkbN``.
 
 **Supported.** read, write (FUA), flush, discard, write_zeroes, each split at the disk's limits; one hardware queue per
-operation, chosen by Choices; the block statuses that survive; flush and FUA only as far as the disk advertises them; the
-partition scan.
-**Rejected.** Misaligned operations and discards past the end EINVAL, writes past the end ENOSPC, writes to a read-only disk EPERM (as
-write(2) on ``/dev/ublkbN`` has it; open(2) succeeds), discards that the disk does not offer EOPNOTSUPP, everything ENXIO where there is no
-disk and EIO once it is being removed.
-**Differs from Linux.** No page cache: every operation is direct. A read past the end is short. No merging, no plugging, no I/O
-scheduler, flushes are not combined, discards are not aligned to their granularity; no limit on segments, nor Linux's own cap
-on the size of a request. write_zeroes falls back to writes even without NOUNMAP (fallocate's PUNCH_HOLE would not).
-Cancelling a wait does not stop the operation, and the application is free at once: a real one would sleep on.
+operation, chosen by Choices; the block statuses that survive; flush and FUA only as far as the disk advertises them;
+the partition scan.
+**Rejected.** Misaligned operations and discards past the end EINVAL, writes past the end ENOSPC, writes to a read-only
+disk EPERM (as write(2) on ``/dev/ublkbN`` has it; open(2) succeeds), discards that the disk does not offer EOPNOTSUPP,
+everything ENXIO where there is no disk and EIO once it is being removed.
+**Differs from Linux.** No page cache: every operation is direct. A read past the end is short. No merging, no plugging,
+no I/O scheduler, flushes are not combined, discards are not aligned to their granularity; no limit on segments, nor
+Linux's own cap on the size of a request. write_zeroes falls back to writes even without NOUNMAP (fallocate's PUNCH_HOLE
+would not). Cancelling a wait does not stop the operation, and the application is free at once: a real one would sleep
+on.
 """
 
 from __future__ import annotations

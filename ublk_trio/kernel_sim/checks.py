@@ -1,11 +1,11 @@
 """Catching servers that break the contract in ways that a real kernel lets pass.
 
-**Supported.** Two lists on the kernel: `violations` (the server is wrong) and `notes` (it waits for itself, or will). With
-``paranoid`` the content of every buffer that the kernel owns is poison: a server that writes to it is found when the kernel
-gives it back, and one that reads it gets garbage.
+**Supported.** Two lists on the kernel: `violations` (the server is wrong) and `notes` (it waits for itself, or will).
+With ``paranoid`` the content of every buffer that the kernel owns is poison: a server that writes to it is found when
+the kernel gives it back, and one that reads it gets garbage.
 **Rejected.** Nothing: checks never change what a command returns.
-**Differs from Linux.** A real kernel leaves the buffers' content alone. Large buffers are poisoned at their first and last
-4 KiB and over the bytes that the last request moved; damage elsewhere is not seen.
+**Differs from Linux.** A real kernel leaves the buffers' content alone. Large buffers are poisoned at their first and
+last 4 KiB and over the bytes that the last request moved; damage elsewhere is not seen.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Every decision that a kernel is free to make, in one place.
 
-Which queue a request goes to, which tag it gets, how many completions a reap finds and in which order, which held command
-goes on first, whether a wait wakes up for nothing: all of these ask the kernel's one `Choices` object. A run is its list of
-answers, so it replays exactly.
+Which queue a request goes to, which tag it gets, how many completions a reap finds and in which order, which held
+command goes on first, whether a wait wakes up for nothing: all of these ask the kernel's one `Choices` object. A run is
+its list of answers, so it replays exactly.
 
 **Supported.** Always 0 (calm), seeded, recorded, and drawn through any callable (Hypothesis' ``data.draw`` among them).
 **Rejected.** A number of options below 1; a replay that asks another question than the recording did.
@@ -82,7 +82,8 @@ class FirstChoice(Choices):
 class SeededChoices(Choices):
     """A generator of its own, started from ``seed``: the same seed gives the same run.
 
-    ``calm_percent`` is how often, in percent, option 0 is taken without looking further: at 0 every option is equally likely.
+    ``calm_percent`` is how often, in percent, option 0 is taken without looking further: at 0 every option is equally
+    likely.
     """
 
     def __init__(self, seed: int, *, calm_percent: int = 0) -> None:

@@ -1,14 +1,14 @@
 """The control commands: their checks in the driver's order, their effects, and their waiting.
 
-**Supported.** ADD_DEV, DEL_DEV, DEL_DEV_ASYNC, SET_PARAMS, GET_PARAMS, START_DEV, STOP_DEV, TRY_STOP_DEV, GET_DEV_INFO, GET_DEV_INFO2,
-GET_FEATURES, GET_QUEUE_AFFINITY, UPDATE_SIZE; each from the release that has it.
+**Supported.** ADD_DEV, DEL_DEV, DEL_DEV_ASYNC, SET_PARAMS, GET_PARAMS, START_DEV, STOP_DEV, TRY_STOP_DEV, GET_DEV_INFO,
+GET_DEV_INFO2, GET_FEATURES, GET_QUEUE_AFFINITY, UPDATE_SIZE; each from the release that has it.
 **Rejected.** EOPNOTSUPP: recovery, QUIESCE_DEV, REG_BUF, UNREG_BUF (not modelled yet) and numbers that nobody knows.
-**Differs from Linux.** The caller is root, unless the kernel was made with ``privileged=False``; then ADD_DEV is refused, because unprivileged devices are
-not modelled. EFAULT, ENOMEM and failures of add_disk do not occur. Kernels to 6.13 gave ENOTSUPP (524) where EOPNOTSUPP is meant; here it is
-always the latter.
+**Differs from Linux.** The caller is root, unless the kernel was made with ``privileged=False``; then ADD_DEV is
+refused, because unprivileged devices are not modelled. EFAULT, ENOMEM and failures of add_disk do not occur. Kernels to
+6.13 gave ENOTSUPP (524) where EOPNOTSUPP is meant; here it is always the latter.
 
-A command is a generator. It yields a `Wait` where the kernel would sleep, and is resumed once that is over; what it returns is the command's result. So a
-command goes on in the kernel whether or not somebody still waits for it.
+A command is a generator. It yields a `Wait` where the kernel would sleep, and is resumed once that is over; what it
+returns is the command's result. So a command goes on in the kernel whether or not somebody still waits for it.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _add(kernel: SimKernel, call: Call) -> Steps:
 
 def _check_add(kernel: SimKernel, call: Call, asked: DevInfo) -> int:
     """ADD_DEV's checks of what is asked: 0 or a negative errno."""
-    flags = asked.flags
+    # What a release does not know it does not check, either.
+    flags = asked.flags & kernel.version.features
     if not 0 < asked.queue_depth <= MAX_QUEUE_DEPTH or not 0 < asked.nr_hw_queues <= MAX_NR_QUEUES:
         return -errno.EINVAL
     if kernel.privileged:
@@ -237,7 +238,7 @@ def _check_add(kernel: SimKernel, call: Call, asked: DevInfo) -> int:
         return -errno.EINVAL
     if flags & Feature.INTEGRITY and not flags & Feature.USER_COPY:
         return -errno.EINVAL
-    if flags & Feature.IO_DESC_SIZE and kernel.version >= (7, 3) and not _descriptor_size_ok(asked.io_desc_size):
+    if flags & Feature.IO_DESC_SIZE and not _descriptor_size_ok(asked.io_desc_size):
         return -errno.EINVAL
     if call.dev_id != asked.dev_id:
         return -errno.EINVAL

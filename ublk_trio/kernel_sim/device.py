@@ -1,10 +1,10 @@
 """A ublk device: its state, who holds it, and what happens when its server goes.
 
-**Supported.** DEAD, LIVE, and the way between them; one opener of the char device; the last close (of the char device and of every
-ring on it) as the server's end; references that keep a deleted device's id taken.
+**Supported.** DEAD, LIVE, and the way between them; one opener of the char device; the last close (of the char device
+and of every ring on it) as the server's end; references that keep a deleted device's id taken.
 **Rejected.** A second opener: EBUSY, also while the last close is still being worked off.
-**Differs from Linux.** QUIESCED and FAIL_IO come with recovery. The work after the last close runs at once, unless START_DEV or
-STOP_DEV holds the device's mutex.
+**Differs from Linux.** QUIESCED and FAIL_IO come with recovery. The work after the last close runs at once, unless
+START_DEV or STOP_DEV holds the device's mutex.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """`SimKernel`: the whole simulated machine, as far as ublk goes.
 
-**Supported.** `ring.Kernel` whole; several devices, several control rings; commands that the kernel holds, resumed as soon as what they wait for has come, in an order
-that Choices decides. **Rejected.** See `control`, `queue`, `block`. **Differs from Linux.** See there; besides: nothing takes time, and one server process opens every char
-device, with `server_pid`.
+**Supported.** `ring.Kernel` whole; several devices, several control rings; commands that the kernel holds, resumed as
+soon as what they wait for has come, in an order that Choices decides. **Rejected.** See `control`, `queue`, `block`.
+**Differs from Linux.** See there; besides: nothing takes time, and one server process opens every char device, with
+`server_pid`.
 
-Nothing here is a task. What a call changes is worked off, to the end, before the call returns: `changed` resumes held commands until none can go on.
+Nothing here is a task. What a call changes is worked off, to the end, before the call returns: `changed` resumes held
+commands until none can go on.
 """
 
 from __future__ import annotations
@@ -34,9 +36,10 @@ _PAGE_SIZE = 4096
 class SimKernel:
     """A kernel with a ublk driver and a block layer, in this process. Implements `ublk_trio.ring.Kernel`.
 
-    ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays, ``features`` (default: all
-    that the release has and the simulator models) what its driver offers. ``cpus`` bounds the number of queues. ``paranoid`` poisons buffers that the kernel owns.
-    ``log=True`` keeps `log`, every event of the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
+    ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
+    ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
+    the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
+    the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class SimKernel:
             raise KernelError(errno.ENOENT, f"cannot open {path}: {errno_text(errno.ENOENT)}")
         if device.char_in_use:
             raise KernelError(errno.EBUSY, f"cannot open {path}: {errno_text(errno.EBUSY)}: it has an opener")
-        return SimCharDevice(device)
+        return SimCharDevice(device, ioctl_encoded=ioctl_encoded)
 
     def device_ids(self) -> list[int]:
         return sorted(self.devices)

@@ -1,7 +1,7 @@
 """Linux's errno numbers, on whatever system this runs, and which of them a request's result survives as.
 
-**Supported.** Every number is what this Python's `errno` calls by that name, so that tests can compare with it; names that the
-system does not have get Linux's number.
+**Supported.** Every number is what this Python's `errno` calls by that name, so that tests can compare with it; names
+that the system does not have get Linux's number.
 """
 
 from __future__ import annotations

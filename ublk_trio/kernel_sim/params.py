@@ -37,7 +37,7 @@ _SECTION_RELEASE: Mapping[ParamType, tuple[int, int]] = MappingProxyType(
         ParamType.DISCARD: (6, 0),
         ParamType.DEVT: (6, 3),
         ParamType.ZONED: (6, 6),
-        ParamType.DMA_ALIGN: (6, 14),
+        ParamType.DMA_ALIGN: (6, 15),
         ParamType.SEGMENT: (6, 15),
         ParamType.INTEGRITY: (7, 0),
     }
@@ -51,7 +51,8 @@ def _is_power_of_two(value: int) -> bool:
 
 
 def parse(data: bytes, *, length: int, version: KernelVersion) -> Params | None:
-    """The parameters of a SET_PARAMS buffer, without the sections that the release does not know; None if they cannot be.
+    """The parameters of a SET_PARAMS buffer, without the sections that the release does not know; None if they cannot
+    be.
 
     What lies past ``length`` is zero, and a section that a type bit promises but ``length`` cuts off is zero too.
     """

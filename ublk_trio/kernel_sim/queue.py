@@ -1,11 +1,13 @@
 """A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
 
-**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that wait for
-a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; server death without recovery.
-**Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands (EOPNOTSUPP).
-**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued rest of a
-READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE is
-copied to the server when it reaps the completion: the latest moment that Linux allows.
+**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that
+wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; server death without
+recovery.
+**Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands
+(EOPNOTSUPP).
+**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
+rest of a READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE
+is copied to the server when it reaps the completion: the latest moment that Linux allows.
 """
 
 from __future__ import annotations
@@ -161,8 +163,7 @@ class SimQueue:
 
     def _get_data(self, ring: SimQueueRing, tag: SimTag, slot: int) -> int:
         if slot == NO_SLOT:
-            # The driver does not check: the copy fails, and it tries again for ever. Nothing good comes of it.
-            self._violation("get-data-without-buffer", tag.tag, "NEED_GET_DATA names no buffer")
+            # The driver does not check, and tries in vain to copy to nowhere, for ever. A refusal says it better.
             return -errno.EINVAL
         tag.flags = ACTIVE | NEED_GET_DATA
         tag.slot = slot
@@ -177,10 +178,9 @@ class SimQueue:
         tag = self.tags[tag_number]
         request = tag.request
         assert request is not None, f"queue {self.queue_id}: nothing to deliver on {tag!r}"
-        if self.need_get_data and request.op == _WRITE:
-            if not tag.flags & NEED_GET_DATA:
-                tag.flags = OWNED_BY_SRV | NEED_GET_DATA
-                return 1
+        if self.need_get_data and request.op == _WRITE and not tag.flags & NEED_GET_DATA:
+            tag.flags = OWNED_BY_SRV | NEED_GET_DATA
+            return 1
         if tag.poisoned_bytes >= 0:
             self._give_back_buffer(ring, tag)
         tag.flags = OWNED_BY_SRV

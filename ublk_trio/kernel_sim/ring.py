@@ -1,11 +1,13 @@
 """The rings: how a server talks to the driver, without io_uring.
 
-**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole. A reap may find any part of what is ready, in any order, and a wait may end for
-nothing, as Choices has it; nothing is ever lost: what a reap left makes the next `wait` return, and no two reaps in a row find nothing of something.
-**Rejected.** Calls on something closed: `trio.ClosedResourceError`, as the real ring. A second opener, a queue that there is not: `KernelError`.
-**Differs from Linux.** Completions are made when they are reaped. `close` takes effect at once, where a real ring dies a moment later in a kernel worker; closing the char
-device before its rings is recorded as a violation, and the server counts as gone with the last of them.
-The completion queue never overflows.
+**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole. A reap may find any part of what is
+ready, in any order, and a wait may end for nothing, as Choices has it; nothing is ever lost: what a reap left makes the
+next `wait` return, and no two reaps in a row find nothing of something.
+**Rejected.** Calls on something closed: `trio.ClosedResourceError`, as the real ring. A second opener, a queue that
+there is not: `KernelError`.
+**Differs from Linux.** Completions are made when they are reaped. `close` takes effect at once, where a real ring dies
+a moment later in a kernel worker; closing the char device before its rings is recorded as a violation, and the server
+counts as gone with the last of them. The completion queue never overflows.
 """
 
 from __future__ import annotations
@@ -92,9 +94,16 @@ class SimControlRing:
 class SimCharDevice:
     """`ring.CharDevice`: see there. Made by `SimKernel.open_char_device`."""
 
-    def __init__(self, device: SimDevice) -> None:
+    def __init__(self, device: SimDevice, *, ioctl_encoded: bool) -> None:
         self._device = device
         self._closed = False
+        kernel = device.kernel
+        #: What every per-tag command gets because of its encoding.
+        self._refusal = 0
+        if ioctl_encoded and kernel.version < (6, 4):
+            self._refusal = -errno.EINVAL
+        elif not ioctl_encoded and not kernel.legacy_opcodes:
+            self._refusal = -errno.EOPNOTSUPP
         device.char = self
         device.opener_pid = device.kernel.server_pid
 
@@ -106,7 +115,7 @@ class SimCharDevice:
             raise KernelError(
                 errno.EINVAL, f"cannot map queue {queue_id} of device {device.dev_id}: {errno_text(errno.EINVAL)}"
             )
-        return SimQueueRing(device, queue_id, buffers)
+        return SimQueueRing(device, queue_id, buffers, refusal=self._refusal)
 
     def close(self) -> None:
         if self._closed:
@@ -127,14 +136,17 @@ class SimCharDevice:
 class SimQueueRing:
     """`ring.QueueRing`: see there. Made by `SimCharDevice.open_queue`."""
 
-    def __init__(self, device: SimDevice, queue_id: int, buffers: int) -> None:
+    def __init__(self, device: SimDevice, queue_id: int, buffers: int, *, refusal: int) -> None:
         kernel = device.kernel
         self._device = device
         self._kernel = kernel
         self._queue = device.queues[queue_id]
         self._queue_id = queue_id
         self._depth = self._queue.depth
-        self._arena = Arena(buffers=buffers, buffer_bytes=device.info.max_io_buf_bytes)
+        self._refusal = refusal
+        # A device with room for nothing can be opened, though never started.
+        buffer_bytes = device.info.max_io_buf_bytes or kernel.page_size
+        self._arena = Arena(buffers=buffers, buffer_bytes=buffer_bytes)
         self.buffers: Sequence[memoryview] = self._arena.buffers
         self._slots = make_slots(depth=self._depth, buffers=buffers)
         self.paranoid = kernel.paranoid
@@ -253,7 +265,7 @@ class SimQueueRing:
             assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
             if log is not None:
                 log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
-            refusal = command(self, number, tag, answer >> 32, slot)
+            refusal = self._refusal or command(self, number, tag, answer >> 32, slot)
             if refusal:
                 self._queue.refused(number, tag, refusal)
                 self.post_result(tag, refusal)

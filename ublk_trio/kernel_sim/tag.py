@@ -9,8 +9,8 @@
 | ACTIVE, NEED_GET_DATA | that came; the data is on its way |
 | ACTIVE, CANCELED | the pending command was completed with ABORT; the tag is over |
 
-**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** AUTO_BUF_REG is listed but not
-modelled yet. The task that a tag's commands must come from is, here, the ring that fetched it.
+**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** AUTO_BUF_REG is
+listed but not modelled yet. The task that a tag's commands must come from is, here, the ring that fetched it.
 """
 
 from __future__ import annotations

@@ -6,6 +6,9 @@ Some facts, and what they mean here:
   closed. Each runs on a worker thread of io_uring's own (see ut_control_open), so none holds up another, and none this thread.
 - The kernel writes a command's answer to the buffer whenever it gets to it. So the buffer belongs to the command record, and the record
   to the ring, until the completion is there: not to the task that waits, which may be cancelled.
+- On older kernels (6.12 at least) neither STOP_DEV nor closing the char device ends a START_DEV that waits for fetches, and DEL_DEV then
+  waits for the START_DEV, for ever. So one whose waiting task is cancelled is recalled: interrupted, by io_uring's own cancel. That
+  is a request and no promise: whether it then gave EINTR or had just succeeded, nobody learns.
 - Only one task can wait for a file descriptor in Trio. There is no nursery here to run a dispatcher in, so the waiters take turns: one of
   them, the **leader**, waits for the ring and takes in everybody's results; the others, its followers, sleep. Whoever leaves
   (with a result, cancelled, by an error) while nobody leads wakes one follower, which then leads. That makes it an invariant that if
@@ -23,16 +26,19 @@ import trio
 from ublk_trio import uapi
 from ublk_trio.errors import KernelError, KernelUnavailableError, errno_text
 from ublk_trio.real import native
+from ublk_trio.uapi import ControlCommand
 
 if TYPE_CHECKING:
     from typing import Any
-
-    from ublk_trio.uapi import ControlCommand
 
 #: How long closing waits for commands that are still with the kernel, after it interrupted those that can be.
 CLOSE_GRACE_SECONDS = 1.0
 
 _RESULTS_MAX = 64
+
+# These wait in the kernel for fetches that, when their waiter is cancelled, perhaps nobody will send any more. All others end by themselves or
+# are the clean-up itself, and go on.
+_RECALLED_WHEN_CANCELLED = frozenset({ControlCommand.START_DEV, ControlCommand.END_USER_RECOVERY})
 
 # Commands that were with the kernel when their ring was closed, and did not end in the grace time. The kernel may still read or write
 # their buffers, at a time that nothing tells us. Freed memory would be written to under somebody else's feet, so this is kept
@@ -43,9 +49,10 @@ _abandoned: list[object] = []
 class _Command:
     """A command that is with the kernel."""
 
-    __slots__ = ("address", "buffer", "result", "turn")
+    __slots__ = ("address", "buffer", "id", "result", "turn")
 
-    def __init__(self, buffer: bytearray | None, address: Any) -> None:
+    def __init__(self, command_id: int, buffer: bytearray | None, address: Any) -> None:
+        self.id = command_id
         self.buffer = buffer
         #: cffi's hold on the buffer: while it lives, Python can't move or free the memory.
         self.address = address
@@ -103,7 +110,13 @@ class RealControlRing:
             length=length if length is not None else len(buffer or b""),
             dev_path_length=dev_path_length,
         )
-        return await self._result(sent)
+        try:
+            return await self._result(sent)
+        except trio.Cancelled:
+            if command in _RECALLED_WHEN_CANCELLED and sent.result is None and not self._closed:
+                # Its failure changes nothing: then the command waits on, until the ring is closed.
+                self._lib.ut_control_recall(self._ring, sent.id)
+            raise
 
     def _send(
         self,
@@ -129,11 +142,11 @@ class RealControlRing:
             data=data,
             dev_path_len=dev_path_length,
         ).pack()
-        command = _Command(buffer, address)
         self._last_id += 1
+        command = _Command(self._last_id, buffer, address)
         # Known before it is sent: once the kernel has it, nothing may fail that would drop its memory.
-        self._commands[self._last_id] = command
-        error = self._lib.ut_control_submit(self._ring, self._last_id, opcode, packed)
+        self._commands[command.id] = command
+        error = self._lib.ut_control_submit(self._ring, command.id, opcode, packed)
         if error < 0:
             # The command stays recorded: whether the kernel saw it, nobody knows.
             raise KernelError(error, f"cannot send a control command: io_uring_enter: {errno_text(error)}")
@@ -219,7 +232,7 @@ class RealControlRing:
 
     async def _drain(self) -> None:
         await trio.lowlevel.checkpoint()
-        if self._commands and self._lib.ut_control_recall(self._ring) < 0:
+        if self._commands and self._lib.ut_control_recall(self._ring, self._lib.UT_EVERY_COMMAND) < 0:
             return
         while self._commands:
             await trio.lowlevel.wait_readable(self._fd)
