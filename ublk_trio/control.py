@@ -84,7 +84,8 @@ class Control:
         result = await self._ring.submit(ControlCommand.GET_FEATURES, dev_id=ANY_DEVICE_ID, buffer=buffer)
         if result >= 0:
             self.features = Feature(int.from_bytes(buffer, "little"))
-        elif result != -errno.EOPNOTSUPP:
+        elif result not in (-errno.EOPNOTSUPP, -errno.ENODEV):
+            # A driver that does not know the command (before 6.5) looks for the device first, and there is none.
             raise _refusal(ControlCommand.GET_FEATURES, ANY_DEVICE_ID, result)
 
     async def add_device(self, info: DevInfo) -> DevInfo:

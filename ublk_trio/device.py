@@ -91,6 +91,8 @@ class Device:
         self._queues: list[Queue] = []
         self._stop_asked = trio.Event()
         self._start_ended = trio.Event()
+        self._start_scope = trio.CancelScope(shield=True)
+        self._starting = trio.CancelScope()
         self._start_error: KernelError | None = None
         self._stopped = trio.Event()
         self._hopeless = trio.Event()
@@ -237,7 +239,8 @@ class Device:
                 for queue in self._queues:
                     nursery.start_soon(self._run_queue, queue, name=f"ublk device {self.dev_id} queue {queue.queue_id}")
                 nursery.start_soon(self._start_command)
-                await self._start_ended.wait()
+                with self._starting:
+                    await self._start_ended.wait()
                 if self._start_error is not None:
                     raise self._start_error
                 if not self._stop_asked.is_set():
@@ -253,14 +256,14 @@ class Device:
 
     async def _start_command(self) -> None:
         # Not recalled when the caller is cancelled: START_DEV and STOP_DEV run in parallel in the kernel, in either
-        # order. The queues serve while it runs, so it ends soon.
-        with trio.CancelScope(shield=True):
-            try:
+        # order. The queues serve while it runs, so it ends soon; if they cannot, `_stop_serving` ends it.
+        try:
+            with self._start_scope:
                 await self._control.start_device(self.dev_id)
-            except KernelError as error:
-                self._start_error = error
-            finally:
-                self._start_ended.set()
+        except KernelError as error:
+            self._start_error = error
+        finally:
+            self._start_ended.set()
 
     async def _run_queue(self, queue: Queue) -> None:
         await queue.run(self._queue_failed)
@@ -270,9 +273,10 @@ class Device:
 
     def _queue_failed(self, queue: Queue, error: BaseException) -> None:
         logger.error("device %d: queue %d failed; the device stops", self.dev_id, queue.queue_id, exc_info=error)
-        if queue.lost_tags or isinstance(error, KernelError):
+        if queue.must_close:
             self._hopeless.set()
         self._stop_asked.set()
+        self._starting.cancel()
 
     # Its end ---------------------------------------------------------------------------------------------------------
 
@@ -291,6 +295,7 @@ class Device:
                 )
                 return
             stuck = self._held()
+            self._start_scope.cancel()
             self._close_rings()
             ended = await self._ended_within(REFUSE_SECONDS)
             nursery.cancel_scope.cancel()

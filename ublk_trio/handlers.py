@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from typing import Any, Literal
 
 import trio
@@ -32,33 +32,14 @@ logger = logging.getLogger("ublk_trio.backend")
 Serve = Literal["inline", "async"]
 #: What a backend's method gives: None for "all of it", a number of bytes, or something to await for one of these.
 Outcome = int | None
-Call = Callable[[Request], Outcome | Awaitable[Outcome]]
 
 _FUA = int(IoFlag.FUA)
 _NOUNMAP = int(IoFlag.NOUNMAP)
-_WRITE = int(IoOp.WRITE)
 _READ = int(IoOp.READ)
-
-
-def _calls(backend: Any, offered: frozenset[str]) -> list[Call | None]:
-    """The backend's methods by op number."""
-    calls: list[Call | None] = [None] * 256
-    if "read" in offered:
-        read = backend.read
-        calls[IoOp.READ] = lambda r: read(r.offset, r.buffer[: r.length])
-    if "write" in offered:
-        write = backend.write
-        calls[IoOp.WRITE] = lambda r: write(r.offset, r.data[: r.length], fua=bool(r.flags & _FUA))
-    if "flush" in offered:
-        flush = backend.flush
-        calls[IoOp.FLUSH] = lambda r: flush()
-    if "discard" in offered:
-        discard = backend.discard
-        calls[IoOp.DISCARD] = lambda r: discard(r.offset, r.length)
-    if "write_zeroes" in offered:
-        write_zeroes = backend.write_zeroes
-        calls[IoOp.WRITE_ZEROES] = lambda r: write_zeroes(r.offset, r.length, unmap=not r.flags & _NOUNMAP)
-    return calls
+_WRITE = int(IoOp.WRITE)
+_FLUSH = int(IoOp.FLUSH)
+_DISCARD = int(IoOp.DISCARD)
+_WRITE_ZEROES = int(IoOp.WRITE_ZEROES)
 
 
 class Handlers:
@@ -70,7 +51,12 @@ class Handlers:
         offered = capabilities(backend)
         self.offered = frozenset({"read"}) if read_only else offered
         self.read_only = "write" not in self.offered
-        self._calls = _calls(backend, self.offered)
+        methods: Any = backend
+        self._read = methods.read
+        self._write = methods.write if "write" in self.offered else None
+        self._flush = methods.flush if "flush" in self.offered else None
+        self._discard = methods.discard if "discard" in self.offered else None
+        self._write_zeroes = methods.write_zeroes if "write_zeroes" in self.offered else None
         self._logged: set[tuple[type[BaseException], int]] = set()
 
     def choose_serve(self, asked: Serve | None) -> Serve:
@@ -84,26 +70,39 @@ class Handlers:
 
     def start(self, request: Request) -> int | Awaitable[Outcome]:
         """Call the method. The result, or what the method wants awaited; then `finish` takes what came of it."""
-        call = self._calls[request.op]
-        if call is None:
-            return -errno.EOPNOTSUPP
         try:
-            outcome = call(request)
+            outcome = self._call(request)
         except Exception as exception:
             return self.failed(request, exception)
         if outcome is None:
             return request.success
         return self.finish(request, outcome) if isinstance(outcome, int) else outcome
 
-    def run(self, request: Request) -> int:
-        """Serve inline: call the method and return the result."""
-        result = self.start(request)
-        if isinstance(result, int):
-            return result
-        close = getattr(result, "close", None)
+    def _call(self, request: Request) -> Outcome | Awaitable[Outcome]:
+        # Chosen by comparison and called directly: this runs once a request, and a table of wrappers costs one more call.
+        op = request.op
+        outcome: Outcome | Awaitable[Outcome]
+        if op == _READ:
+            outcome = self._read(request.offset, request.buffer[: request.length])
+        elif op == _WRITE and self._write is not None:
+            data = request.data[: request.length]
+            outcome = self._write(request.offset, data, fua=bool(request.flags & _FUA))
+        elif op == _FLUSH and self._flush is not None:
+            outcome = self._flush()
+        elif op == _DISCARD and self._discard is not None:
+            outcome = self._discard(request.offset, request.length)
+        elif op == _WRITE_ZEROES and self._write_zeroes is not None:
+            outcome = self._write_zeroes(request.offset, request.length, unmap=not request.flags & _NOUNMAP)
+        else:
+            raise OSError(errno.EOPNOTSUPP, "not offered")
+        return outcome
+
+    def not_inline(self, request: Request, awaitable: Awaitable[Outcome]) -> int:
+        """The kernel's result when a method that was taken for a plain one wants to be awaited."""
+        close = getattr(awaitable, "close", None)
         if close is not None:
             close()
-        return self.failed(request, TypeError(f"{request} was served inline, but the backend's method is async"))
+        return self.failed(request, TypeError(f"{request} was served inline, but the method wants to be awaited"))
 
     def finish(self, request: Request, outcome: Outcome) -> int:
         """The kernel's result for what a method returned."""

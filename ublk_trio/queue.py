@@ -44,9 +44,13 @@ _EVENT_OF_RESULT = {
     IO_RES_NEED_GET_DATA: TagEvent.WRITE_ANNOUNCED,
     IO_RES_ABORT: TagEvent.ABORTED,
 }
+_NOT_FETCHED = frozenset({TagState.UNFETCHED})
 _HAS_DATA = frozenset({int(IoOp.READ), int(IoOp.WRITE)})
 _READ = int(IoOp.READ)
+# Python 3.11 looks an enum's member up through a function call: what runs once a request keeps it at hand.
 _OK = IO_RES_OK
+_DELIVERED = TagEvent.DELIVERED
+_COMMITTED = TagEvent.COMMIT
 
 
 @attrs.frozen(kw_only=True)
@@ -77,7 +81,8 @@ class Queue:
         #: Requests that waited for a buffer and have it now.
         self.ready: deque[Request] = deque()
         self.refusing = False
-        self.lost_tags = False
+        #: The ring cannot be served to its end: it must be closed.
+        self.must_close = False
         self.ended = trio.Event()
         self._answers: list[int] = []
         self._serve = serve_async if serve == "async" else serve_inline
@@ -108,6 +113,8 @@ class Queue:
             except trio.ClosedResourceError:
                 self._close_tags()
             except BaseException as exception:
+                # The kernel never ends a tag that it does not have; and a START_DEV that waits for one never ends either.
+                self.must_close |= isinstance(exception, KernelError) or self.tags.count(_NOT_FETCHED) > 0
                 failed(self, exception)
                 await self._refuse_until_ended()
                 raise
@@ -132,7 +139,10 @@ class Queue:
 
     def serve(self, request: Request) -> None:
         """Serve a request inline, and answer it."""
-        self.answer(request, -errno.EIO if self.refusing else self.handlers.run(request))
+        result = self.start(request)
+        if not isinstance(result, int):
+            result = self.handlers.not_inline(request, result)
+        self.answer(request, result)
 
     def reap(self) -> bool:
         """Take in the completions that are ready. False when there are none."""
@@ -146,7 +156,7 @@ class Queue:
         """Step an event's tag; the request if there is now one to serve."""
         tag, _, result, op_flags, nr_sectors, start_sector = event
         if result == _OK:
-            self.tags.step(tag, TagEvent.DELIVERED)
+            self.tags.step(tag, _DELIVERED)
             request = self._requests[tag]
             request.load(op_flags, nr_sectors, start_sector)
             if self._pool is None or request.op not in _HAS_DATA:
@@ -162,7 +172,6 @@ class Queue:
             if self._take_buffer(request):
                 self._get_data(request)
         elif happened is TagEvent.REFUSED:
-            self.lost_tags = True
             raise KernelError(
                 -result,
                 f"the kernel refused a command for queue {self.queue_id} tag {tag}: {errno_text(result)}",
@@ -175,7 +184,7 @@ class Queue:
         Goes out with the next `flush`.
         """
         tag = request.tag
-        self.tags.step(tag, TagEvent.COMMIT)
+        self.tags.step(tag, _COMMITTED)
         self._answers.append((result << 32) | _COMMIT | tag)
         op = request.op
         self._counts[op] += 1
@@ -241,13 +250,13 @@ class Queue:
         self.refuse()
         try:
             self._answer_what_is_owed()
-            await serve_inline(self)
+            if not self.must_close:
+                await serve_inline(self)
         except trio.ClosedResourceError:
             self._close_tags()
         except Exception:
             logger.exception("queue %d cannot even refuse requests; its ring must be closed", self.queue_id)
-            self.lost_tags = True
-            self._close_tags()
+            self.must_close = True
 
     def _answer_what_is_owed(self) -> None:
         """Nobody serves any more, all handlers are gone: refuse what they left, but for requests that stand in line

@@ -30,12 +30,18 @@ from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
+from ublk_trio.uapi import ControlCommand
+
 if TYPE_CHECKING:
-    from ublk_trio.uapi import ControlCommand, DevInfo, IoCommand
+    from ublk_trio.uapi import DevInfo, IoCommand
 
 #: tag, (padding), result, op_flags, nr_sectors, start_sector
 EVENT = struct.Struct("=HHiIIQ")
 assert EVENT.size == 24, "EVENT must match struct ut_event in native/ring.h"
+
+#: Commands that wait in the kernel for fetches which, once their waiter is cancelled, perhaps nobody will send any more:
+#: cancelling the wait interrupts them. All others end by themselves, or are the clean-up itself, and go on.
+RECALLED_WHEN_CANCELLED = frozenset({ControlCommand.START_DEV, ControlCommand.END_USER_RECOVERY})
 
 #: In `QueueRing.slots`: this tag's commands carry no buffer.
 NO_SLOT = 0xFFFF
@@ -83,9 +89,9 @@ class ControlRing(Protocol):
         returns. ``length`` is the command's ``len``, by default the buffer's.
 
         The kernel may hold a command (START_DEV until every tag is fetched, STOP_DEV until in-flight requests are
-        answered, DEL_DEV until the char device is closed). Cancelling the wait does not recall the command: it goes
-        on in the kernel, and its memory is kept until the kernel is done with it. Shield calls whose effect must be
-        known.
+        answered, DEL_DEV until the char device is closed). Cancelling the wait interrupts `RECALLED_WHEN_CANCELLED` if they still
+        wait, since on Linux 6.12 nothing else would end them. Any other goes on in the kernel, and its memory is kept
+        until the kernel is done with it. Either way the effect is not known: shield calls whose effect must be.
         """
         ...
 

@@ -18,11 +18,13 @@ from ublk_trio import (
     DeviceOptions,
     KernelError,
     Memory,
+    StuckError,
     UsageError,
     open_target,
     serve_device,
 )
 from ublk_trio.handlers import Serve
+from ublk_trio.queue import Queue
 from ublk_trio.workload import Disk, Workload, WorkloadReport
 
 MIB = 1 << 20
@@ -388,3 +390,21 @@ async def test_impossible_options(arm: Arm, options: DeviceOptions, message: str
     async with open_target(arm.kernel) as target:
         with pytest.raises(UsageError, match=message):
             await target.start_device(Ram(), options)
+
+
+async def test_queue_that_cannot_fetch(
+    arm: Arm, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A queue that fails before its tags are fetched ends the start with its error, within the bounds, and leaves nothing."""
+    caplog.set_level(logging.CRITICAL)
+
+    def bug(queue: Queue) -> None:
+        raise KeyError("planted")
+
+    monkeypatch.setattr(Queue, "_fetch_all", bug)
+    monkeypatch.setattr("ublk_trio.device.REFUSE_SECONDS", 0.2)
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            with pytest.raises((KeyError, StuckError)):
+                await target.start_device(Ram(), DeviceOptions(grace_seconds=0.2))
+            assert arm.kernel.device_ids() == []

@@ -227,10 +227,10 @@ class SimKernel:
         finally:
             self._settling = False
 
-    def interrupt(self, ring: SimControlRing) -> None:
-        """A control ring exits: its commands' interruptible waits end."""
+    def interrupt(self, ring: SimControlRing, *, on_done: Callable[[int], None] | None = None) -> None:
+        """The interruptible waits of a control ring's commands end: of all, or of the one with that ``on_done``."""
         for held in [held for held in self._held if held.ring is ring and held.wait.interruptible]:
-            if held in self._held:
+            if held in self._held and on_done in (None, held.on_done):
                 self._resume(held, interrupted=True)
         self.changed()
 

@@ -21,7 +21,7 @@ import trio
 from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
-from ublk_trio.ring import EVENT, NO_SLOT, RingStatistics
+from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics
 from ublk_trio.uapi import ControlCommand, IoCommand
 
 if TYPE_CHECKING:
@@ -80,7 +80,12 @@ class SimControlRing:
 
         kernel.run(f"{name} of device {dev_id}", execute(kernel, call), ring=self, on_done=on_done)
         if not results or done_although_cancelled:
-            await answered.wait()
+            try:
+                await answered.wait()
+            except trio.Cancelled:
+                if command in RECALLED_WHEN_CANCELLED:
+                    kernel.interrupt(self, on_done=on_done)
+                raise
         return results[0]
 
     def close(self) -> None:

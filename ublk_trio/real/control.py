@@ -26,6 +26,7 @@ import trio
 from ublk_trio import uapi
 from ublk_trio.errors import KernelError, KernelUnavailableError, errno_text
 from ublk_trio.real import native
+from ublk_trio.ring import RECALLED_WHEN_CANCELLED
 from ublk_trio.uapi import ControlCommand
 
 if TYPE_CHECKING:
@@ -35,10 +36,6 @@ if TYPE_CHECKING:
 CLOSE_GRACE_SECONDS = 1.0
 
 _RESULTS_MAX = 64
-
-# These wait in the kernel for fetches that, when their waiter is cancelled, perhaps nobody will send any more. All others end by themselves or
-# are the clean-up itself, and go on.
-_RECALLED_WHEN_CANCELLED = frozenset({ControlCommand.START_DEV, ControlCommand.END_USER_RECOVERY})
 
 # Commands that were with the kernel when their ring was closed, and did not end in the grace time. The kernel may still read or write
 # their buffers, at a time that nothing tells us. Freed memory would be written to under somebody else's feet, so this is kept
@@ -113,7 +110,7 @@ class RealControlRing:
         try:
             return await self._result(sent)
         except trio.Cancelled:
-            if command in _RECALLED_WHEN_CANCELLED and sent.result is None and not self._closed:
+            if command in RECALLED_WHEN_CANCELLED and sent.result is None and not self._closed:
                 # Its failure changes nothing: then the command waits on, until the ring is closed.
                 self._lib.ut_control_recall(self._ring, sent.id)
             raise
