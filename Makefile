@@ -1,0 +1,51 @@
+# Everything is run from here, in the checkout's own .venv. `make` alone prints the list.
+#
+# A target first sees to what it needs: tools/setup.sh installs what is missing, and says so. The second time it finds
+# everything in place, says nothing and takes a tenth of a second.
+
+# The Python that .venv is made with, 3.11 or newer. A .venv that is there already is used as it is.
+PYTHON ?= python3
+# What `make start` serves. On a kernel with ublk, as root: make start ARGS='--backend memory:1G'
+ARGS ?= --kernel sim --backend memory:64M --seconds 5
+# More options for the virtual machines of `make test` and `make bench`, for example --kvm where that works.
+VM_OPTIONS ?=
+
+SETUP = PYTHON='$(PYTHON)' tools/setup.sh
+RUN = .venv/bin/python
+TYPED = ublk_trio tests native docs bench tools
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help start test lint bench docs
+
+help: ## Print this list.
+	@sed -n 's/^\([a-z]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 14
+
+start: ## Install what is missing, then run five seconds of verified I/O on the simulated kernel (ARGS='…' for another disk).
+	@$(SETUP)
+	@$(RUN) -m ublk_trio start $(ARGS)
+
+test: ## Run the simulator's and all other tests as an ordinary user, then the kernel tests on real Linux 6.12 and 7.3.
+	@$(SETUP) tests
+	@VM_OPTIONS='$(VM_OPTIONS)' tools/test.sh
+
+lint: ## Check the code: ruff's rules and format, mypy --strict.
+	@$(SETUP)
+	@status=0; \
+	$(RUN) -m ruff check || status=1; \
+	$(RUN) -m ruff format --check || status=1; \
+	$(RUN) -m mypy $(TYPED) || status=1; \
+	exit $$status
+
+bench: ## Measure a request's cost in the engine alone, then fio on disks of a real kernel: this machine's, or a virtual one's.
+	@$(SETUP) tests
+	@$(RUN) bench/engine.py
+	@if [ -r /dev/ublk-control ] && [ -w /dev/ublk-control ]; then \
+	    $(RUN) bench/requests_per_second.py; \
+	else \
+	    $(RUN) tests/kernel/vm.py run --kernel 7.3 $(VM_OPTIONS) -- $(RUN) bench/requests_per_second.py; \
+	fi
+
+docs: ## Write the pages of docs/ that are drawn from the code.
+	@$(SETUP)
+	@$(RUN) docs/generate.py
