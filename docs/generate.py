@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import pkgutil
 from pathlib import Path
 
+from ublk_trio import kernel_sim
+from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED
 from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
+from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 
 DOCS = Path(__file__).resolve().parent
 
@@ -30,7 +36,9 @@ def _table() -> list[str]:
     lines = ["| state | " + " | ".join(event.name for event in TagEvent) + " |", "|---" * (len(TagEvent) + 1) + "|"]
     for state in TagState:
         cells = (TRANSITIONS[state].get(event) for event in TagEvent)
-        lines.append(f"| **{state.name}** | " + " | ".join(cell.name if cell is not None else "" for cell in cells) + " |")
+        lines.append(
+            f"| **{state.name}** | " + " | ".join(cell.name if cell is not None else "" for cell in cells) + " |"
+        )
     return lines
 
 
@@ -62,8 +70,55 @@ def tag_page() -> str:
     )
 
 
+def _simulator_modules() -> list[str]:
+    """A section for each module that says what it supports: its docstring as it stands."""
+    lines: list[str] = []
+    for info in pkgutil.iter_modules(kernel_sim.__path__):
+        text = inspect.getdoc(importlib.import_module(f"{kernel_sim.__name__}.{info.name}")) or ""
+        if "**Supported.**" in text:
+            lines += [f"## {info.name}", "", text, ""]
+    return lines
+
+
+def _release(release: tuple[int, int]) -> str:
+    return "{}.{}".format(*release)
+
+
+def simulator_page() -> str:
+    """The page about what the simulator covers."""
+    return "\n".join(
+        [
+            "# What the simulator covers",
+            "",
+            "Drawn from `ublk_trio/kernel_sim/` by `make docs`: what each of its modules says of itself, and the tables of releases",
+            "that it plays. What it is a simulation of is in [the contract](contract.md).",
+            "",
+            "A feature that is not simulated is not offered by the simulated driver, whatever release it plays. A command that is not",
+            "simulated gets EOPNOTSUPP.",
+            "",
+            "| feature | bit | Linux | simulated |",
+            "|---|---|---|---|",
+            *(
+                f"| {feature.name} | {feature.bit_length() - 1} | {_release(FEATURE_RELEASE[feature])} | "
+                f"{'yes' if feature in MODELLED else ''} |"
+                for feature in Feature
+            ),
+            "",
+            "| control command | number | Linux | simulated |",
+            "|---|---|---|---|",
+            *(
+                f"| {command.name} | 0x{command:02x} | "
+                + (f"{_release(COMMAND_RELEASE[command])} | yes |" if command in COMMAND_RELEASE else "| |")
+                for command in sorted(ControlCommand)
+            ),
+            "",
+            *_simulator_modules(),
+        ]
+    )
+
+
 #: Every generated page, by file name.
-PAGES = {"tag.md": tag_page}
+PAGES = {"tag.md": tag_page, "simulator.md": simulator_page}
 
 
 def main() -> None:

@@ -1,0 +1,244 @@
+"""The reference pages name everything that there is, and nothing that there is not."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+
+import ublk_trio
+import ublk_trio.backends
+import ublk_trio.kernel_sim
+from tests.kernel import vm
+from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
+from ublk_trio.backends import KINDS
+from ublk_trio.cli import app, devices, start
+from ublk_trio.cli.doctor import Finding
+from ublk_trio.cli.exit_codes import ExitCode
+from ublk_trio.control import open_control
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLI = (ROOT / "docs" / "cli.md").read_text()
+API = (ROOT / "docs" / "api.md").read_text()
+#: Public to the other modules of the simulator only.
+FOR_THE_SIMULATOR = {
+    "changed", "char_path", "free_id", "interrupt", "new_bio", "next_cpu", "put_device", "run", "violation",
+}  # fmt: skip
+COMMANDS = ("start", "list", "stop", "features", "doctor")
+
+
+def section(page: str, heading: str) -> str:
+    """What stands under a heading, up to the next of its level or above."""
+    level = heading.index(" ")
+    _, found, rest = page.partition(f"\n{heading}\n")
+    assert found, f"there is no heading {heading!r}"
+    return re.split(rf"^#{{1,{level}}} ", rest, maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def rows(text: str) -> Iterator[list[str]]:
+    """The cells of every table row, without the heads' rules."""
+    for line in text.splitlines():
+        if line.startswith("|") and not line.startswith("|-"):
+            yield [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def table_after(text: str, head: str) -> list[list[str]]:
+    """The rows of the first table whose first column is called so."""
+    _, found, rest = text.partition(f"\n| {head} |")
+    assert found, f"there is no table of {head!r}"
+    body = rest.split("\n\n")[0]
+    return list(rows(body[body.index("\n|---") :]))
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+def arguments_of(command: str) -> dict[str, Any]:
+    return {argument.names[0]: argument for argument in app[command].assemble_argument_collection()}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options(command: str) -> None:
+    """Each command's table lists exactly its options, with their defaults."""
+    documented = {code(row[0])[0]: row[1] for row in table_after(section(CLI, f"## {command}"), "option")}
+    arguments = arguments_of(command)
+    assert set(documented) == {"ID" if name == "IDS" else name for name in arguments}
+    for name, argument in arguments.items():
+        default = argument.field_info.default
+        if default not in (None, inspect.Parameter.empty, False):
+            assert documented[name] == f"`{default}`", name
+        elif default is False:
+            assert documented[name] == "off", name
+
+
+def test_commands() -> None:
+    """There are these commands, this global option, and no others."""
+    assert [code(row[0])[0] for row in table_after(CLI, "command")] == list(COMMANDS)
+    assert {name for name in app if not name.startswith("-")} == set(COMMANDS)
+    documented = [code(row[0])[0] for row in table_after(CLI, "global option")]
+    assert documented == [a.names[0] for a in app.meta.assemble_argument_collection() if a.names[0] != "TOKENS"]
+
+
+def test_exit_codes() -> None:
+    documented = [(int(row[0]), row[1]) for row in table_after(section(CLI, "## Exit codes"), "code")]
+    assert documented == [(code.value, code.name) for code in ExitCode]
+
+
+def test_specs() -> None:
+    """Every kind of backend is listed in its form and words; every key of any of them is explained."""
+    spec = section(CLI, "## SPEC: what a disk is made of")
+    assert {code(row[0])[0]: row[1] for row in table_after(spec, "form")} == {k.form: k.help for k in KINDS.values()}
+    assert {code(row[0])[0] for row in table_after(spec, "key")} == {key for k in KINDS.values() for key in k.options}
+
+
+async def test_list_keys() -> None:
+    """`list --json` prints the documented keys, and the text's columns are the first of them."""
+    documented = [code(row[0])[0] for row in table_after(section(CLI, "## list"), "key")]
+    kernel = SimKernel()
+    async with open_target(kernel) as target, open_control(kernel) as control:
+        live = await target.start_device(Memory(1 << 20))
+        row = await devices._describe(kernel, control, live.dev_id)  # type: ignore[arg-type]
+    assert row is not None
+    assert documented == list(row)
+    assert documented[:9] == list(devices._COLUMNS)
+
+
+async def test_start_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """`start --json` prints the documented keys for a disk that is live."""
+    monkeypatch.setattr(start, "write_record", lambda *args, **kwargs: None)
+    disk = start._Disk(spec="memory:1M", backend=Memory(1 << 20), options=DeviceOptions())
+    async with open_target(SimKernel()) as target:
+        await start._start_one(target, disk, json=True)
+    documented = [code(row[0])[0] for row in table_after(section(CLI, "## start"), "key")]
+    assert re.findall(r'"(\w+)":', capsys.readouterr().out) == documented
+
+
+def test_doctor_keys() -> None:
+    documented = [code(row[0])[0] for row in table_after(section(CLI, "## doctor"), "key")]
+    assert documented == [field.name for field in attrs.fields(Finding)]
+
+
+# The Python interface -------------------------------------------------------------------------------------------------
+
+
+def members_of(name: str) -> set[str]:
+    """What a public class itself offers by name; not what it inherits from Python."""
+    item = getattr(ublk_trio, name)
+    if not inspect.isclass(item) or issubclass(item, Exception) or item is ublk_trio.Kernel:
+        return set()
+    own = set(vars(item)) | set(getattr(item, "__annotations__", {}))
+    return {member for member in own if not member.startswith("_")}
+
+
+@pytest.mark.parametrize("name", ublk_trio.__all__)
+def test_public_name(name: str) -> None:
+    """Every public name has its heading, and every public member of it is named below."""
+    text = section(API, f"### `{name}`")
+    named = set(re.findall(r"\w+", " ".join(code(text))))
+    # These are documented where they are defined: in Kernel and Backend.
+    inherited = set(vars(ublk_trio.Kernel)) | FOR_THE_SIMULATOR if name.endswith("Kernel") else set()
+    if issubclass_of_backend(name):
+        inherited |= members_of("Backend") | {"path", "direct", "write", "flush", "discard", "write_zeroes", "size"}
+    assert members_of(name) - inherited <= named
+
+
+def issubclass_of_backend(name: str) -> bool:
+    item = getattr(ublk_trio, name)
+    return inspect.isclass(item) and issubclass(item, ublk_trio.Backend) and item is not ublk_trio.Backend
+
+
+def test_no_name_that_is_not_there() -> None:
+    """Every heading that is a name is a public one."""
+    assert set(re.findall(r"^### `(\w+)`$", API, re.MULTILINE)) == set(ublk_trio.__all__)
+
+
+def test_device_options() -> None:
+    """Fields and defaults of DeviceOptions, as they are."""
+    documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(section(API, "### `DeviceOptions`"), "field")}
+    fields = {field.name: field.default for field in attrs.fields(DeviceOptions)}
+    assert documented == {name: str(default) if name == "mode" else repr(default) for name, default in fields.items()}
+
+
+def test_bounds_of_a_stop() -> None:
+    """The bounds are the constants."""
+    stopping = section(API, "### Stopping")
+    assert f"within {device.REFUSE_SECONDS:g} seconds" in stopping
+    assert f"DEL_DEV gets {device.DELETE_SECONDS:g} seconds" in stopping
+
+
+@pytest.mark.parametrize("name", ["File", "Memory", "Null", "RealKernel", "SimKernel"])
+def test_signatures(name: str) -> None:
+    """What a user calls to make one is written as it is: parameters, order, defaults."""
+    parameters = inspect.signature(getattr(ublk_trio, name)).parameters.values()
+    bare = inspect.Signature([parameter.replace(annotation=inspect.Parameter.empty) for parameter in parameters])
+    assert f"{name}{bare}" in " ".join(section(API, f"### `{name}`").split())
+
+
+@pytest.mark.parametrize("module", [ublk_trio.backends, ublk_trio.kernel_sim], ids=lambda module: module.__name__)
+def test_public_module(module: Any) -> None:
+    """What the two public modules export is named."""
+    assert set(module.__all__) <= set(re.findall(r"\w+", " ".join(code(API))))
+
+
+# All pages ------------------------------------------------------------------------------------------------------------
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page: Path) -> None:
+    """A link within the project leads somewhere."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors_of(linked), target
+
+
+def test_index() -> None:
+    """docs/README.md leads to every page."""
+    index = (ROOT / "docs" / "README.md").read_text()
+    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == {p.name for p in PAGES if p.parent != ROOT} - {"README.md"}
+
+
+def shell_lines() -> Iterator[str]:
+    for page in PAGES:
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL):
+            yield from (line.partition("   #")[0].strip() for line in block.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("line", sorted(set(shell_lines())))
+def test_shell_lines(line: str) -> None:
+    """What a page names in a shell block that is not run is there: make's target, the tests' file, the options."""
+    words = re.sub(r"^([A-Z_]+=\S* )+", "", line).split()
+    match words:
+        case ["make", *targets]:
+            targets = [target for target in targets if "=" not in target]
+            known = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            assert set(targets) <= set(known)
+        case ["python3", "tests/kernel/vm.py", *arguments]:
+            own = arguments[: arguments.index("--")] if "--" in arguments else arguments
+            assert isinstance(vm.build_parser().parse_args(own), argparse.Namespace)
+        case [".venv/bin/python", "-m", "pytest", *paths]:
+            for path in paths:
+                assert path.startswith("-") or (ROOT / path.partition("::")[0]).exists(), path
+        case ["python", "-m", "ublk_trio", command, *_]:
+            assert command in COMMANDS
+        case _:
+            pytest.fail("say in test_docs_reference.py how to check this line")
