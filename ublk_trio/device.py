@@ -19,6 +19,7 @@ kernel fail what is left. Then it says so with `StuckError`.
 from __future__ import annotations
 
 import errno
+import inspect
 import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -56,6 +57,14 @@ def already_gone_is_fine() -> Iterator[None]:
             raise
 
 
+def _check_is_backend(backend: object) -> None:
+    if not isinstance(backend, Backend):
+        raise UsageError(f"{backend!r} is not a backend: give an instance of a subclass of ublk_trio.Backend")
+    for method in ("open", "aclose"):
+        if not inspect.iscoroutinefunction(getattr(backend, method)):
+            raise UsageError(f"backend {backend}: {method} must be `async def`")
+
+
 @attrs.frozen(kw_only=True)
 class DeviceStatistics:
     """What a device did so far, by queue."""
@@ -81,6 +90,7 @@ class Device:
 
     def __init__(self, kernel: Kernel, control: Control, backend: Backend, options: DeviceOptions) -> None:
         options.check(page_size=kernel.page_size)
+        _check_is_backend(backend)
         self.options = options
         self.backend = as_async(backend) if options.serve == "async" else backend
         self._kernel = kernel
@@ -122,6 +132,12 @@ class Device:
         return self.backend.size
 
     @property
+    def read_only(self) -> bool:
+        """Whether the disk refuses to be changed: because it was asked for, or because the backend cannot."""
+        assert self._handlers is not None
+        return self._handlers.read_only
+
+    @property
     def serve(self) -> Serve:
         """How its requests are served."""
         assert self._handlers is not None
@@ -143,6 +159,10 @@ class Device:
             backend=str(self.backend),
             queues=tuple(queue.statistics() for queue in self._queues),
         )
+
+    def __repr__(self) -> str:
+        which = f"{self.dev_id} " if self._info is not None else ""
+        return f"<Device {which}of {self.backend}>"
 
     # Its life --------------------------------------------------------------------------------------------------------
 
@@ -186,6 +206,7 @@ class Device:
             flags=self._flags(),
         )
         self._info = info = await control.add_device(asked)
+        logger.debug("device %d: added: %s", info.dev_id, info)
         try:
             if options.mode is DataMode.GET_DATA and Feature.NEED_GET_DATA not in info.flags:
                 raise UsageError(f"{self._kernel.name} does not do mode get-data: choose copy")
@@ -203,6 +224,7 @@ class Device:
     async def _delete(self, dev_id: int) -> None:
         with trio.move_on_after(DELETE_SECONDS) as scope, already_gone_is_fine():
             await self._control.delete_device(dev_id)
+            logger.info("device %d: deleted", dev_id)
         if scope.cancelled_caught:
             logger.warning(
                 "device %d: the kernel will delete it when the last program that has %s open closes it",
@@ -244,6 +266,9 @@ class Device:
                 if self._start_error is not None:
                     raise self._start_error
                 if not self._stop_asked.is_set():
+                    logger.info(
+                        "device %d: %s is live, served %s from %s", self.dev_id, self.path, self.serve, self.backend
+                    )
                     task_status.started(self)
                 await self._stop_asked.wait()
             finally:
@@ -282,6 +307,7 @@ class Device:
 
     async def _stop_serving(self) -> None:
         """Take the disk away and end the queues; see the module's docstring for the bounds."""
+        logger.info("device %d: stopping", self.dev_id)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_command)
             if await self._ended_while_progressing():

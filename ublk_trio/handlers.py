@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable
+from types import CoroutineType
 from typing import Any, Literal
 
 import trio
@@ -33,6 +34,7 @@ Serve = Literal["inline", "async"]
 #: What a backend's method gives: None for "all of it", a number of bytes, or something to await for one of these.
 Outcome = int | None
 
+_WRONG_RESULT = "the method returned {}: fill the buffer in place, and return None or the number of bytes done"
 _FUA = int(IoFlag.FUA)
 _NOUNMAP = int(IoFlag.NOUNMAP)
 _READ = int(IoOp.READ)
@@ -76,12 +78,16 @@ class Handlers:
             return self.failed(request, exception)
         if outcome is None:
             return request.success
-        return self.finish(request, outcome) if isinstance(outcome, int) else outcome
+        if isinstance(outcome, int):
+            return self.finish(request, outcome)
+        if isinstance(outcome, CoroutineType | Awaitable):
+            return outcome
+        return self.failed(request, TypeError(_WRONG_RESULT.format(type(outcome).__name__)))
 
-    def _call(self, request: Request) -> Outcome | Awaitable[Outcome]:
+    def _call(self, request: Request) -> Any:
         # Chosen by comparison and called directly: this runs once a request, and a table of wrappers costs one more call.
         op = request.op
-        outcome: Outcome | Awaitable[Outcome]
+        outcome: Any
         if op == _READ:
             outcome = self._read(request.offset, request.buffer[: request.length])
         elif op == _WRITE and self._write is not None:
@@ -104,10 +110,12 @@ class Handlers:
             close()
         return self.failed(request, TypeError(f"{request} was served inline, but the method wants to be awaited"))
 
-    def finish(self, request: Request, outcome: Outcome) -> int:
+    def finish(self, request: Request, outcome: object) -> int:
         """The kernel's result for what a method returned."""
         if outcome is None or outcome == request.success:
             return request.success
+        if not isinstance(outcome, int):
+            return self.failed(request, TypeError(_WRONG_RESULT.format(type(outcome).__name__)))
         if not 0 <= outcome <= request.length:
             return self.failed(request, ValueError(f"the backend answered {outcome!r} to a {request}"))
         if request.op == _READ and outcome > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import get_args
 
 import attrs
 
@@ -20,6 +21,14 @@ class DataMode(Enum):
     GET_DATA = "get-data"
 
 
+def _to_mode(value: DataMode | str) -> DataMode:
+    try:
+        return DataMode(value)
+    except ValueError:
+        known = ", ".join(mode.value for mode in DataMode)
+        raise UsageError(f"mode is {value!r}: known are {known}") from None
+
+
 @attrs.frozen(kw_only=True)
 class DeviceOptions:
     """How to make a device. The kernel may lower `queues` (to its number of CPUs) and round `max_io_bytes` down to a
@@ -32,7 +41,7 @@ class DeviceOptions:
     depth: int = 128
     #: Bytes of the largest request.
     max_io_bytes: int = 512 * 1024
-    mode: DataMode = DataMode.COPY
+    mode: DataMode = attrs.field(default=DataMode.COPY, converter=_to_mode)
     #: Buffers per queue in GET_DATA mode (at most `depth` are made).
     pool_buffers: int = 32
     #: None: "async" if the backend has an async method, else "inline".
@@ -49,6 +58,8 @@ class DeviceOptions:
         _check_range("max_io_bytes", self.max_io_bytes, page_size, MAX_IO_BYTES)
         if self.dev_id is not None:
             _check_range("the device id", self.dev_id, 0, MAX_DEVICES - 1)
+        if self.serve not in (None, *get_args(Serve)):
+            raise UsageError(f"serve is {self.serve!r}: known are {', '.join(get_args(Serve))}")
         if self.max_io_bytes % page_size:
             raise UsageError(f"max_io_bytes is {self.max_io_bytes}: give a multiple of {page_size}")
         if not self.grace_seconds >= 0:
@@ -56,5 +67,5 @@ class DeviceOptions:
 
 
 def _check_range(name: str, value: int, low: int, high: int) -> None:
-    if not low <= value <= high:
-        raise UsageError(f"{name} is {value}: give {low} to {high}")
+    if type(value) is not int or not low <= value <= high:
+        raise UsageError(f"{name} is {value!r}: give {low} to {high}")

@@ -17,6 +17,7 @@ import trio
 from ublk_trio.backends import Backend
 from ublk_trio.control import Control, open_control
 from ublk_trio.device import Device, DeviceStatistics
+from ublk_trio.errors import UblkError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.options import DeviceOptions
 from ublk_trio.ring import Kernel
@@ -40,6 +41,7 @@ class Target:
         self._nursery = nursery
         self._devices: dict[int, Device] = {}
         self._failures: dict[Device, Exception] = {}
+        self._closed = False
 
     @property
     def devices(self) -> tuple[Device, ...]:
@@ -51,6 +53,8 @@ class Target:
 
         Raises `UsageError`, `BackendError` or `KernelError`, and then nothing is left of it. Cancelled means the same.
         """
+        if self._closed:
+            raise UsageError("the target is closed: start devices inside its block")
         device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions())
         return device
 
@@ -81,7 +85,9 @@ class Target:
         except Exception as failure:
             if not live.reported:
                 raise
-            logger.error("device %d failed: %s", device.dev_id, failure)
+            # What we raise on purpose says all in its message; anything else needs its traceback.
+            surprise = None if isinstance(failure, UblkError) else failure
+            logger.error("device %d failed: %s", device.dev_id, failure, exc_info=surprise)
             self._failures[device] = failure
         finally:
             if live.reported:
@@ -125,5 +131,6 @@ async def open_target(kernel: Kernel) -> AsyncIterator[Target]:
             try:
                 yield target
             finally:
+                target._closed = True
                 nursery.cancel_scope.cancel()
         target._raise_unseen()

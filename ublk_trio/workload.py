@@ -21,7 +21,7 @@ Pattern = Literal["random", "sequential"]
 
 #: Applications at once, and the bytes of the region that each uses at the most.
 APPLICATIONS = 16
-REGION_BYTES_MAX = 4 << 20
+REGION_BYTES_MAX = 1 << 20
 #: Bytes of the longest read or write: beyond the usual largest request, so that splitting is exercised.
 LENGTH_BYTES_MAX = 1 << 20
 
@@ -76,10 +76,11 @@ class Workload:
     region_bytes: int = REGION_BYTES_MAX
     #: False for a disk that forgets what is written (null): then reads must give zeroes.
     keeps_data: bool = True
+    #: False for a disk that refuses to be changed: then it is only read.
+    writable: bool = True
 
     async def run(self, disk: Disk, report: WorkloadReport) -> None:
-        """Run on a disk, which it overwrites; faults are collected in the report. A disk that cannot be written is
-        only read."""
+        """Run on a disk, which it overwrites; faults are collected in the report; verifying nothing is one."""
         applications = max(1, min(APPLICATIONS, disk.size // disk.block_size))
         region = min(disk.size // applications, self.region_bytes)
         region -= region % disk.block_size
@@ -93,6 +94,8 @@ class Workload:
         report.seconds = time.monotonic() - begin
         if self.operations is not None and scope.cancelled_caught:
             report.faults.append(f"{report.disk}: not done after {self.seconds:g} s")
+        elif not report.bytes_verified and not report.faults:
+            report.faults.append(f"{report.disk}: nothing was verified in {self.seconds:g} s: give it more time")
 
 
 class _Application:
@@ -134,7 +137,7 @@ class _Application:
     async def _one(self) -> None:
         offset, length = self._range()
         kind = self.chance.randrange(100)
-        if kind < 45:
+        if kind < 45 or not self.workload.writable:
             await self._verify(offset, length)
         elif kind < 90:
             await self._write(offset, length, fua=kind >= 85)

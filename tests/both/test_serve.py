@@ -408,3 +408,53 @@ async def test_queue_that_cannot_fetch(
             with pytest.raises((KeyError, StuckError)):
                 await target.start_device(Ram(), DeviceOptions(grace_seconds=0.2))
             assert arm.kernel.device_ids() == []
+
+
+class Returns(Trouble):
+    """Gives the data back instead of filling the buffer: the most natural mistake."""
+
+    def __init__(self, *, waits: bool) -> None:
+        super().__init__()
+        self.waits = waits
+
+    async def read(self, offset: int, buffer: memoryview) -> int | None:
+        if self.waits:
+            await trio.lowlevel.checkpoint()
+        return bytes(len(buffer))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_wrong_result(arm: Arm, waits: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A method that returns the wrong thing fails the request, and the log says how to mend it."""
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Returns(waits=waits))
+            async with arm.open_disk(device) as disk:
+                with pytest.raises(OSError, match=r"."):
+                    await disk.read(0, 4096)
+    assert "the method returned bytes: fill the buffer in place" in caplog.text
+
+
+async def test_not_a_backend(arm: Arm) -> None:
+    """What is not a backend is refused in words; so is a start in a target that has ended."""
+
+    class PlainOpen(Ram):
+        def open(self) -> None:  # type: ignore[override]
+            pass
+
+    async with open_target(arm.kernel) as target:
+        for wrong, message in ((Ram, "is not a backend"), (PlainOpen(), "open must be `async def`")):
+            with pytest.raises(UsageError, match=message):
+                await target.start_device(wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="the target is closed"):
+        await target.start_device(Ram())
+
+
+def test_unknown_choices() -> None:
+    """A mode or a way of serving that is not known is an error, never another one."""
+    with pytest.raises(UsageError, match="mode is 'copi': known are copy, get-data"):
+        DeviceOptions(mode="copi")
+    with pytest.raises(UsageError, match="serve is 'asinc': known are inline, async"):
+        DeviceOptions(serve="asinc").check(page_size=4096)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="depth is '8': give 1 to 4096"):
+        DeviceOptions(depth="8").check(page_size=4096)  # type: ignore[arg-type]

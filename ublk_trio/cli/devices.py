@@ -113,6 +113,10 @@ async def stop(
     seconds
         How long to wait for each.
     """
+    if not seconds > 0:
+        raise UsageError(f"--seconds is {seconds:g}: give more than 0")
+    if any(dev_id < 0 for dev_id in ids):
+        raise UsageError("device ids are 0 or more")
     if bool(ids) == all:
         raise UsageError("say which devices: ids (`ublk-trio list` shows them), or --all")
     kernel = RealKernel()

@@ -86,12 +86,18 @@ def _node() -> Finding:
     return Finding(what=f"{CONTROL_PATH} can be opened", fine=True)
 
 
+def _release() -> tuple[int, ...]:
+    return tuple(int(part) for part in platform.release().split("-")[0].split(".")[:2] if part.isdigit())
+
+
 def _limit() -> Finding:
     path = Path("/sys/module/ublk_drv/parameters/ublks_max")
     try:
         limit, used = int(path.read_text()), len(RealKernel().device_ids())
     except (OSError, ValueError):
         return Finding(what="limit on devices: not known without the driver", fine=True)
+    if _release() >= (6, 15):
+        return Finding(what=f"{used} ublk devices; the driver's limit of {limit} is for unprivileged ones", fine=True)
     fine = used < limit
     return Finding(
         what=f"{used} ublk devices; the driver's limit is {limit}",

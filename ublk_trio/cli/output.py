@@ -22,7 +22,9 @@ def print_rows(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Non
         for row in rows:
             print("\t".join(_text(row[column]) for column in columns), flush=True)
         return
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*(_text(row[column]) for column in columns))
     Console().print(table)

@@ -42,22 +42,22 @@ async def start(
     serve: Serve | None = None,
     read_only: Annotated[bool, Parameter(negative="")] = False,
     grace: float = 10.0,
-    workload: Pattern = "random",
+    workload: Pattern | None = None,
     seconds: float | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Serve disks until SIGINT or SIGTERM, then stop them cleanly.
 
-    Prints the path of each disk, one a line, when it is live.
+    Prints the path of each disk, one a line, when it is live. With --kernel sim, runs a verified workload instead.
 
     Parameters
     ----------
     backend
-        What a disk is made of: memory:SIZE, null:SIZE or file:PATH, each with [,key=value…]. Repeat it for more disks.
+        What a disk is made of: memory:SIZE[,block_size=N], null:SIZE[,block_size=N] or
+        file:PATH[,direct=on][,read_only=on][,block_size=N]. Repeat it for more disks.
     kernel
-        "sim" serves simulated disks, without root: it runs a verified workload on each and exits 0 only if every byte
-        came back right.
+        "sim" runs a verified workload on simulated disks, without root; exits 0 only if every byte came back right.
     id
         The N of /dev/ublkbN; further disks get the next ones. Default: free ones.
     queues
@@ -76,16 +76,18 @@ async def start(
     grace
         Seconds without progress after which a stop no longer waits for the backend.
     workload
-        The order of the simulated workload's blocks.
+        The order of the simulated workload's blocks. Default: random.
     seconds
         How long the simulated workload runs. Default: 5.
     seed
-        Decides everything random in the simulated run.
+        Decides everything random in the simulated run, but for how far it gets in its time. Default: 0.
     json
         Print JSON objects instead of paths and text.
     """
-    if kernel == "real" and seconds is not None:
-        raise UsageError("--seconds is for --kernel sim; a real disk is served until SIGINT or SIGTERM")
+    if kernel == "real" and (workload, seconds, seed) != (None, None, None):
+        raise UsageError("--workload, --seconds and --seed are for --kernel sim; a real disk is served until a signal")
+    if seconds is not None and not seconds > 0:
+        raise UsageError(f"--seconds is {seconds:g}: give more than 0")
     disks = [
         _Disk(
             spec=spec,
@@ -106,7 +108,8 @@ async def start(
     for disk in disks:
         disk.options.check(page_size=mmap.PAGESIZE)
     if kernel == "sim":
-        return await _simulate(disks, Workload(seed=seed, pattern=workload, seconds=seconds or 5.0), json=json)
+        run = Workload(seed=seed or 0, pattern=workload or "random", seconds=seconds or 5.0)
+        return await _simulate(disks, run, json=json)
     return await _serve(disks, json=json)
 
 
@@ -176,8 +179,12 @@ async def _simulate(disks: list[_Disk], workload: Workload, *, json: bool) -> in
                             report = WorkloadReport(disk=device.path)
                             reports.append(report)
                             progress.add(report)
-                            run = attrs.evolve(workload, keeps_data=not isinstance(disk.backend, Null)).run
-                            workloads.start_soon(run, kernel.block_device(device.dev_id), report)
+                            own = attrs.evolve(
+                                workload,
+                                keeps_data=not isinstance(disk.backend, Null),
+                                writable=not device.read_only,
+                            )
+                            workloads.start_soon(own.run, kernel.block_device(device.dev_id), report)
         nursery.cancel_scope.cancel()
     return _conclude(kernel, reports, interrupted=running.cancelled_caught, json=json)
 
