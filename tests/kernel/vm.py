@@ -38,6 +38,11 @@ there is no shutdown in which the end could get lost.
 scratch disk a file without a name, so there are no names to remove; the two child processes are
 killed on the way out, and die with this process (PR_SET_PDEATHSIG) if it is itself killed.
 
+*A wrong clock.* The guest measures the processor's clock against an emulated timer while it boots; on an
+overloaded machine it can get that wrong by a factor of two and more. Its time-outs are then worth
+nothing, so its clock is compared with ours before the command starts, and a boot with a fast one
+is tried again.
+
 *Early death.* Under QEMU 7.2 (Debian 12) 3 of the first 17 boots of 6.12 died within two seconds,
 by a double fault or a NULL pointer, with what looks like the low bits of a pointer in EFLAGS, in
 two of them on the instruction behind a ``cmpxchg16b`` of the kernel's allocator. Likely that
@@ -96,7 +101,10 @@ BOOT_SECONDS_MAX = 300.0
 """An emulated boot takes 6 to 10 s on an idle machine; beyond this it hangs."""
 
 BOOTS_MAX = 3
-"""The first, and two more after the known early death."""
+"""The first, and two more after a boot that emulation spoilt."""
+
+CLOCK_RATIO_MAX = 1.25
+"""By how much the guest's clock may run faster than ours."""
 
 CONSOLE_BYTES_MAX = 4 << 20
 NETWORK_SECONDS_MAX = 60.0
@@ -278,8 +286,7 @@ def deb822_uris(text: str) -> Iterator[str]:
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     for stanza in re.split(r"\n[ \t]*\n", "\n".join(lines)):
         fields = {
-            match[1].lower(): match[2].split()
-            for match in re.finditer(r"(?m)^([\w-]+):((?:.*)(?:\n[ \t].*)*)", stanza)
+            match[1].lower(): match[2].split() for match in re.finditer(r"(?m)^([\w-]+):((?:.*)(?:\n[ \t].*)*)", stanza)
         }
         enabled = "".join(fields.get("enabled", ["yes"])).lower() not in ("no", "false", "0")
         if enabled and "deb" in fields.get("types", []):
@@ -421,9 +428,7 @@ def settle(root: Path, release: str) -> None:
     images = [root / "boot" / f"vmlinuz-{release}", modules / "vmlinuz"]
     image = next(path for path in images if path.exists())
     image.rename(root / "vmlinuz")
-    subprocess.run(
-        [located(DEPMOD), "-b", root, release], check=True, capture_output=True, text=True
-    )
+    subprocess.run([located(DEPMOD), "-b", root, release], check=True, capture_output=True, text=True)
     if "/ublk_drv.ko" not in (modules / "modules.dep").read_text(encoding="utf-8"):
         raise Failure(Exit.HOST_NOT_READY, f"the packages of {release} have no module ublk_drv")
     (root / "release").write_text(release + "\n", encoding="ascii")
@@ -737,6 +742,8 @@ class Machine:
         # What QEMU and virtiofsd say themselves.
         self.diagnostics = Console(self.nonce, live=options.console)
         self.started = False
+        # Ours and the guest's, in seconds, when its init began.
+        self.clocks = (0.0, 0.0)
         self._kernel = kernel
         self._virtiofsd = virtiofsd
         self._options = options
@@ -911,8 +918,8 @@ def end_process(process: subprocess.Popen[bytes]) -> None:
 # -------------------------------------------- one run
 
 
-class EarlyDeath(Exception):
-    """The known `Oops: int3`, before the command has started."""
+class BadBoot(Exception):
+    """A boot that emulation is known to spoil now and then, noticed before the command has started."""
 
 
 def report_console(machine: Machine) -> None:
@@ -927,10 +934,22 @@ def guest_died(machine: Machine, why: str) -> Failure:
     return Failure(Exit.GUEST_DIED, f"the guest failed {when}: {why}")
 
 
+def check_clock(machine: Machine, guest_now: float) -> None:
+    """Raise `BadBoot` if the guest's clock runs fast: every time-out of the command would then come too early."""
+    host_then, guest_then = machine.clocks
+    host_seconds, guest_seconds = time.monotonic() - host_then, guest_now - guest_then
+    # Slow is harmless, and seems so here whenever a message is late.
+    if guest_seconds > CLOCK_RATIO_MAX * host_seconds + 0.1:
+        raise BadBoot(f"the guest's clock is wrong: it counted {guest_seconds:.1f} s in {host_seconds:.1f} s")
+
+
 def handle_message(machine: Machine, message: str, began: float) -> int | None:
     """Act on a message of the guest's init; the command's exit status if that is what it was."""
     word, _, rest = message.partition(" ")
-    if word == "start":
+    if word == "clock":
+        machine.clocks = time.monotonic(), float(rest)
+    elif word == "start":
+        check_clock(machine, float(rest))
         machine.started = True
         note(f"the guest is up after {time.monotonic() - began:.1f} s, the command starts")
     elif word == "exit":
@@ -957,7 +976,7 @@ def follow(machine: Machine, deadline: float) -> int:
                     events = machine.events(deadline)
                     break
                 elif not machine.started and EARLY_DEATH.search(machine.console.text()):
-                    raise EarlyDeath
+                    raise BadBoot("the boot died of the known `Oops: int3` of emulation")
             else:
                 where = "its console is above"
                 raise guest_died(machine, f"the virtual machine ended by itself, {where}")
@@ -1007,13 +1026,14 @@ def run(options: Options) -> int:
     cpus = 1 if options.icount else options.cpus
     note(f"kernel {kernel.release}, {cpus} CPUs, {how}")
     deadline = time.monotonic() + options.timeout_seconds
+    why = ""
     for _attempt in range(BOOTS_MAX):
         try:
             return boot_once(kernel, virtiofsd, options, deadline)
-        except EarlyDeath:
-            note("the boot died of the known `Oops: int3` of emulation")
-    why = f"{BOOTS_MAX} boots in a row died of `Oops: int3`"
-    raise Failure(Exit.GUEST_DIED, f"{why}: try --cpus 1, or --kvm where there is one")
+        except BadBoot as bad:
+            why = str(bad)
+            note(why)
+    raise Failure(Exit.GUEST_DIED, f"{BOOTS_MAX} bad boots, the last: {why}: try --cpus 1, or --kvm where there is one")
 
 
 # -------------------------------------------- the command line
@@ -1080,9 +1100,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def run_options(
-    parser: argparse.ArgumentParser, asked: argparse.Namespace, command: list[str]
-) -> Options:
+def run_options(parser: argparse.ArgumentParser, asked: argparse.Namespace, command: list[str]) -> Options:
     if not command:
         parser.error("run needs -- and a COMMAND after it")
     if asked.icount and asked.kvm:
