@@ -39,14 +39,15 @@ class Target:
         self.kernel = kernel
         self._control = control
         self._nursery = nursery
-        self._devices: dict[int, Device] = {}
+        # Not by id: the kernel gives an id away again while the device that had it still closes its backend.
+        self._devices: set[Device] = set()
         self._failures: dict[Device, Exception] = {}
         self._closed = False
 
     @property
     def devices(self) -> tuple[Device, ...]:
         """The devices that are live or stopping, by id."""
-        return tuple(self._devices[dev_id] for dev_id in sorted(self._devices))
+        return tuple(sorted(self._devices, key=lambda device: device.dev_id))
 
     async def start_device(self, backend: Backend, options: DeviceOptions | None = None) -> Device:
         """Start a disk; return when it is live. The target opens the backend and closes it when the disk is gone.
@@ -91,7 +92,7 @@ class Target:
             self._failures[device] = failure
         finally:
             if live.reported:
-                del self._devices[device.dev_id]
+                self._devices.remove(device)
 
     def _raise_unseen(self) -> None:
         failures = list(self._failures.values())
@@ -104,14 +105,14 @@ class Target:
 class _Live(trio.TaskStatus[Device]):
     """Enters a device in its target's list at the moment when it is live."""
 
-    def __init__(self, devices: dict[int, Device], task_status: trio.TaskStatus[Device]) -> None:
+    def __init__(self, devices: set[Device], task_status: trio.TaskStatus[Device]) -> None:
         self._devices = devices
         self._task_status = task_status
         self.reported = False
 
     def started(self, value: Device | None = None) -> None:
         assert value is not None
-        self._devices[value.dev_id] = value
+        self._devices.add(value)
         self.reported = True
         self._task_status.started(value)
 
