@@ -119,6 +119,16 @@ class Control:
         """DEL_DEV. The kernel holds it until the char device and the disk are closed by everybody."""
         await self._submit(ControlCommand.DEL_DEV, dev_id)
 
+    async def delete_device_async(self, dev_id: int) -> bool:
+        """DEL_DEV_ASYNC: the same without the wait. False if this kernel does not know it (before 6.9)."""
+        try:
+            await self._submit(ControlCommand.DEL_DEV_ASYNC, dev_id)
+        except KernelError as error:
+            if error.errno == errno.EOPNOTSUPP:
+                return False
+            raise
+        return True
+
     async def device_info(self, dev_id: int) -> DevInfo:
         """GET_DEV_INFO."""
         buffer = bytearray(DevInfo(nr_hw_queues=0, queue_depth=0, max_io_buf_bytes=0, dev_id=dev_id).pack())

@@ -107,6 +107,11 @@ class Device:
         self._stopped = trio.Event()
         self._hopeless = trio.Event()
         self._closed = trio.Event()
+        self._stopping = False
+        # Who stops a device from outside deletes it, too: then its id is free, and soon another's, from the moment when
+        # we close the char device. So it is deleted while that is still open, and the id surely ours.
+        self._stopped_by_others = False
+        self._deleted = False
 
     # What a user sees ------------------------------------------------------------------------------------------------
 
@@ -218,8 +223,9 @@ class Device:
             await control.set_params(info.dev_id, params_of(self._handlers, max_io_bytes=info.max_io_buf_bytes))
             yield
         finally:
-            with trio.CancelScope(shield=True):
-                await self._delete(info.dev_id)
+            if not self._deleted:
+                with trio.CancelScope(shield=True):
+                    await self._delete(info.dev_id)
 
     async def _delete(self, dev_id: int) -> None:
         with trio.move_on_after(DELETE_SECONDS) as scope, already_gone_is_fine():
@@ -238,6 +244,9 @@ class Device:
         try:
             yield char
         finally:
+            if self._stopped_by_others:
+                with trio.CancelScope(shield=True), already_gone_is_fine():
+                    self._deleted = await self._control.delete_device_async(self.dev_id)
             char.close()
 
     @contextmanager
@@ -252,8 +261,7 @@ class Device:
                 self._queues.append(Queue(ring, self._handlers, serve=self.serve, pooled=pooled))
             yield
         finally:
-            for queue in self._queues:
-                queue.ring.close()
+            self._close_rings()
 
     async def _serve(self, task_status: trio.TaskStatus[Device]) -> None:
         async with open_plain_nursery() as nursery:
@@ -294,6 +302,7 @@ class Device:
         await queue.run(self._queue_failed)
         # Queues end when the kernel has aborted their tags: if that was not our doing, somebody else stopped the
         # device.
+        self._stopped_by_others |= not self._stopping
         self._stop_asked.set()
 
     def _queue_failed(self, queue: Queue, error: BaseException) -> None:
@@ -308,6 +317,7 @@ class Device:
     async def _stop_serving(self) -> None:
         """Take the disk away and end the queues; see the module's docstring for the bounds."""
         logger.info("device %d: stopping", self.dev_id)
+        self._stopping = True
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._stop_command)
             if await self._ended_while_progressing():
@@ -323,6 +333,9 @@ class Device:
             stuck = self._held()
             self._start_scope.cancel()
             self._close_rings()
+            # What the kernel still waits for from us fails when the char device is closed.
+            if self._char is not None:
+                self._char.close()
             ended = await self._ended_within(REFUSE_SECONDS)
             nursery.cancel_scope.cancel()
         if stuck or not ended:
@@ -372,8 +385,6 @@ class Device:
     def _close_rings(self) -> None:
         for queue in self._queues:
             queue.ring.close()
-        if self._char is not None:
-            self._char.close()
 
 
 async def serve_device(

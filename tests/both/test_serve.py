@@ -23,6 +23,8 @@ from ublk_trio import (
     open_target,
     serve_device,
 )
+from ublk_trio.control import open_control
+from ublk_trio.device import already_gone_is_fine
 from ublk_trio.handlers import Serve
 from ublk_trio.queue import Queue
 from ublk_trio.workload import Disk, Workload, WorkloadReport
@@ -342,14 +344,13 @@ async def test_failed_start_leaves_nothing(arm: Arm) -> None:
 
 async def test_stopped_by_somebody_else(arm: Arm) -> None:
     """A device that another program stops through the kernel ends here too, without an error."""
-    from ublk_trio.control import open_control
-
     with trio.fail_after(30):
         async with open_target(arm.kernel) as target:
             device = await target.start_device(Ram())
             async with open_control(arm.kernel) as control:
                 await control.stop_device(device.dev_id)
-                await control.delete_device(device.dev_id)
+                with already_gone_is_fine():
+                    await control.delete_device(device.dev_id)
             await target.wait_device(device)
             assert target.devices == ()
 
@@ -458,3 +459,31 @@ def test_unknown_choices() -> None:
         DeviceOptions(serve="asinc").check(page_size=4096)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="depth is '8': give 1 to 4096"):
         DeviceOptions(depth="8").check(page_size=4096)  # type: ignore[arg-type]
+
+
+async def test_stopped_by_somebody_else_who_takes_the_id(arm: Arm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that another program deletes does not, on its way out, delete the next one that gets its id."""
+    taken = trio.Event()
+    delete = Device._delete
+
+    async def delete_late(device: Device, dev_id: int) -> None:
+        await taken.wait()
+        await delete(device, dev_id)
+
+    with trio.fail_after(30):
+        async with (
+            open_target(arm.kernel) as target,
+            open_target(arm.kernel) as other,
+            open_control(arm.kernel) as control,
+        ):
+            first = await target.start_device(Ram(MIB), DeviceOptions(depth=4))
+            with monkeypatch.context() as patch:
+                patch.setattr(Device, "_delete", delete_late)
+                await control.stop_device(first.dev_id)
+                with already_gone_is_fine():
+                    await control.delete_device(first.dev_id)
+                second = await other.start_device(Ram(MIB), DeviceOptions(dev_id=first.dev_id, depth=4))
+                taken.set()
+                await target.wait_device(first)
+            async with arm.open_disk(second) as disk:
+                assert await disk.read(0, 4096) == bytes(4096)
