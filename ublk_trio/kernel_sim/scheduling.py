@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import trio._core._run
 
@@ -50,6 +49,8 @@ def scheduled_by(choices: Choices) -> Iterator[None]:
     For the whole process: not for two threads that run Trio at once. What ``choices`` raises when asked for a task's
     turn is raised at the end of the block.
     """
+    from unittest import mock  # here: it brings asyncio, a twentieth of every program's start
+
     scheduler = _Scheduler(choices)
     with mock.patch.multiple(trio._core._run, _ALLOW_DETERMINISTIC_SCHEDULING=True, _r=scheduler):
         try:
