@@ -69,11 +69,10 @@ class Control:
         dev_id: int,
         *,
         buffer: bytearray | None = None,
-        queue_id: int = 0xFFFF,
         data: int = 0,
     ) -> int:
         result = await self._ring.submit(
-            command, dev_id=dev_id, queue_id=queue_id, data=data, buffer=buffer, ioctl_encoded=self.ioctl_encoded
+            command, dev_id=dev_id, data=data, buffer=buffer, ioctl_encoded=self.ioctl_encoded
         )
         if result < 0:
             raise _refusal(command, dev_id, result)
@@ -134,14 +133,6 @@ class Control:
         buffer = bytearray(DevInfo(nr_hw_queues=0, queue_depth=0, max_io_buf_bytes=0, dev_id=dev_id).pack())
         await self._submit(ControlCommand.GET_DEV_INFO, dev_id, buffer=buffer)
         return DevInfo.unpack(buffer)
-
-    async def queue_affinity(self, dev_id: int, queue_id: int, *, cpus: int) -> frozenset[int]:
-        """GET_QUEUE_AFFINITY: the CPUs whose requests go to this queue. ``cpus``: at least as many as the kernel can
-        have."""
-        buffer = bytearray((cpus + 63) // 64 * 8)
-        await self._submit(ControlCommand.GET_QUEUE_AFFINITY, dev_id, buffer=buffer, data=queue_id)
-        mask = int.from_bytes(buffer, "little")
-        return frozenset(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1)
 
 
 @asynccontextmanager
