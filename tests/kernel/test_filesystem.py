@@ -10,6 +10,7 @@ import pytest
 
 from tests.kernel.programs import drop_caches, fsck, make_file, make_filesystem, mounted, run, start_server
 
+FILES = 2000
 FILES_PER_DIRECTORY = 100
 
 
@@ -26,12 +27,16 @@ def make_tree(root: Path, files: int) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("kind", "serve", "files"), [("memory", "inline", 3000), ("file", "async", 2000)])
-async def test_tree_survives(tmp_path: Path, kind: str, serve: str, files: int) -> None:
+@pytest.mark.parametrize("queues", [1, 4])
+@pytest.mark.parametrize("serve", ["inline", "async"])
+@pytest.mark.parametrize("kind", ["memory", "file"])
+async def test_tree_survives(tmp_path: Path, kind: str, serve: str, queues: int) -> None:
     """ext4: copy thousands of files, unmount, fsck clean, mount again, and every byte is there; also after a second fsck."""
-    tree = make_tree(tmp_path / "tree", files)
+    tree = make_tree(tmp_path / "tree", FILES)
     spec = "memory:96M" if kind == "memory" else f"file:{make_file(tmp_path / 'image', 96 << 20)}"
-    async with start_server(spec, options=["--serve", serve, "--queues", "4"], ends_with=signal.SIGINT) as server:
+    async with start_server(
+        spec, options=["--serve", serve, "--queues", str(queues)], ends_with=signal.SIGINT
+    ) as server:
         await make_filesystem(server.disk)
         async with mounted(server.disk, tmp_path / "mount") as directory:
             (await run("cp", "--archive", tree, directory)).check()
