@@ -9,8 +9,8 @@ What a page may contain (docs/testing.md tells readers the same):
 - ``# COMMAND`` is a root shell on a machine with ublk. It is run as it stands where this process can serve real disks. The
   programs among them (``# python NAME.py``) are run on the simulator as well: there the word RealKernel in the page's files is
   replaced by SimKernel, and all other ``#`` commands are left out.
-- ``COMMAND &`` goes on while the page does; ``kill %1`` sends it SIGTERM, and it must then exit with 0. What still runs at the
-  page's end gets SIGINT.
+- ``COMMAND &`` goes on while the page does; ``kill %1`` sends it SIGTERM, and it must then exit with 0; ``kill -KILL %1``
+  kills it. What still runs at the page's end gets SIGINT.
 - ``sh`` blocks install or build something and are not run; that what they name exists is looked at in test_docs_reference.py.
 """
 
@@ -133,6 +133,8 @@ class Terminal:
         if step.command == "kill %1":
             if self._background is not None or self._real:
                 self._kill(step)
+        elif step.command == "kill -KILL %1":
+            self._kill(step, signal.SIGKILL)
         elif step.in_background:
             self._start(step)
         else:
@@ -169,14 +171,14 @@ class Terminal:
             assert time.monotonic() < deadline, f"{step.command}\nprinted:\n{printed}\nthe page says:\n{step.output}"
             time.sleep(0.02)
 
-    def _kill(self, step: Step) -> None:
+    def _kill(self, step: Step, number: signal.Signals = signal.SIGTERM) -> None:
         assert self._background is not None, "there is nothing to kill"
         before = len(self._background_output.read_text())
-        self._background.send_signal(signal.SIGTERM)
+        self._background.send_signal(number)
         status = self._background.wait(_SECONDS_MAX)
         printed = self._background_output.read_text()[before:]
         self._background = None
-        assert status == 0, f"exit {status}:\n{printed}"
+        assert status == (0 if number == signal.SIGTERM else -number), f"exit {status}:\n{printed}"
         assert step.expects(printed), f"{step.command}\nprinted:\n{printed}\nthe page says:\n{step.output}"
 
     def close(self) -> None:

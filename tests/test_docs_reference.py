@@ -6,6 +6,7 @@ import argparse
 import inspect
 import re
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import ublk_trio.kernel_sim
 from tests.kernel import vm
 from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
 from ublk_trio.backends import KINDS
-from ublk_trio.cli import app, devices, start
+from ublk_trio.cli import app, devices, serving
 from ublk_trio.cli.doctor import Finding
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.control import open_control
@@ -31,7 +32,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 FOR_THE_SIMULATOR = {
     "changed", "char_path", "free_id", "interrupt", "new_bio", "next_cpu", "put_device", "run", "violation",
 }  # fmt: skip
-COMMANDS = ("start", "list", "stop", "features", "doctor")
+COMMANDS = ("start", "recover", "list", "stop", "features", "doctor")
 
 
 def section(page: str, heading: str) -> str:
@@ -116,10 +117,10 @@ async def test_list_keys() -> None:
 
 async def test_start_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """`start --json` prints the documented keys for a disk that is live."""
-    monkeypatch.setattr(start, "write_record", lambda *args, **kwargs: None)
-    disk = start._Disk(spec="memory:1M", backend=Memory(1 << 20), options=DeviceOptions())
+    monkeypatch.setattr(serving, "write_record", lambda *args, **kwargs: None)
+    disk = serving.Disk(spec="memory:1M", backend=Memory(1 << 20), options=DeviceOptions())
     async with open_target(SimKernel()) as target:
-        await start._start_one(target, disk, json=True)
+        await serving._start_one(target, disk, json=True)
     documented = [code(row[0])[0] for row in table_after(section(CLI, "## start"), "key")]
     assert re.findall(r'"(\w+)":', capsys.readouterr().out) == documented
 
@@ -167,7 +168,9 @@ def test_device_options() -> None:
     """Fields and defaults of DeviceOptions, as they are."""
     documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(section(API, "### `DeviceOptions`"), "field")}
     fields = {field.name: field.default for field in attrs.fields(DeviceOptions)}
-    assert documented == {name: str(default) if name == "mode" else repr(default) for name, default in fields.items()}
+    assert documented == {
+        name: str(default) if isinstance(default, Enum) else repr(default) for name, default in fields.items()
+    }
 
 
 def test_bounds_of_a_stop() -> None:

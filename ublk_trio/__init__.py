@@ -1,7 +1,7 @@
 """Linux block devices written in Python: a Trio engine for the kernel's ublk driver, and a simulator of that driver."""
 
 from ublk_trio.backends import Backend, File, Memory, Null
-from ublk_trio.device import Device, DeviceStatistics, serve_device
+from ublk_trio.device import Device, DeviceStatistics, recover_device, serve_device
 from ublk_trio.errors import (
     BackendError,
     IllegalTagEventError,
@@ -12,7 +12,7 @@ from ublk_trio.errors import (
     UsageError,
 )
 from ublk_trio.kernel_sim import SimKernel
-from ublk_trio.options import DataMode, DeviceOptions
+from ublk_trio.options import DataMode, DeviceOptions, Recovery
 from ublk_trio.queue import QueueStatistics
 from ublk_trio.real import RealKernel
 from ublk_trio.ring import Kernel
@@ -36,6 +36,7 @@ __all__ = [
     "Null",
     "QueueStatistics",
     "RealKernel",
+    "Recovery",
     "SimKernel",
     "StuckError",
     "Target",
@@ -43,5 +44,6 @@ __all__ = [
     "UblkError",
     "UsageError",
     "open_target",
+    "recover_device",
     "serve_device",
 ]

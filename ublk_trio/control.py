@@ -39,6 +39,10 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (ControlCommand.START_DEV, errno.EEXIST): "it is live already",
     (ControlCommand.START_DEV, errno.EINTR): "it was stopped while it was starting",
     (ControlCommand.START_DEV, errno.EINVAL): "it has no parameters, or another process opened it",
+    (ControlCommand.START_USER_RECOVERY, errno.EINVAL): "it was made without recovery",
+    (ControlCommand.START_USER_RECOVERY, errno.EBUSY): "it still has a server, or is not waiting for one",
+    (ControlCommand.END_USER_RECOVERY, errno.EINTR): "it was stopped while it was being taken over",
+    (ControlCommand.END_USER_RECOVERY, errno.EBUSY): "it was stopped, or another server took it over",
     (ControlCommand.DEL_DEV, errno.EINTR): "interrupted while somebody still had the device open",
 }
 
@@ -109,6 +113,14 @@ class Control:
     async def start_device(self, dev_id: int) -> None:
         """START_DEV. The kernel holds it until every tag is fetched, and may read the disk before it answers."""
         await self._submit(ControlCommand.START_DEV, dev_id, data=os.getpid())
+
+    async def start_recovery(self, dev_id: int) -> None:
+        """START_USER_RECOVERY: the device expects a new server."""
+        await self._submit(ControlCommand.START_USER_RECOVERY, dev_id)
+
+    async def end_recovery(self, dev_id: int) -> None:
+        """END_USER_RECOVERY. The kernel holds it until every tag is fetched; then the requests that waited go on."""
+        await self._submit(ControlCommand.END_USER_RECOVERY, dev_id, data=os.getpid())
 
     async def stop_device(self, dev_id: int) -> None:
         """STOP_DEV. The kernel holds it until every delivered request is committed."""

@@ -7,6 +7,10 @@ that writes the disk's dirty pages back through us):
     backend open → ADD_DEV → SET_PARAMS → char device open → rings, every tag fetched → START_DEV → live
     STOP_DEV → queues end → rings exit and unmap → char device close → DEL_DEV → backend close
 
+A device that is taken over from a server that died begins with START_USER_RECOVERY instead of ADD_DEV and SET_PARAMS, and
+END_USER_RECOVERY instead of START_DEV. Until that has succeeded it is not ours: what fails before lets go of it, and leaves
+it as it was, to be recovered another time.
+
 Whatever ends it (a stop, the surrounding scope cancelled, a failure half way up), it goes down the same stairs from
 where it stands.
 
@@ -32,9 +36,10 @@ from ublk_trio.control import Control, open_control
 from ublk_trio.errors import KernelError, StuckError, UsageError
 from ublk_trio.handlers import Handlers, Serve
 from ublk_trio.nursery import open_plain_nursery
-from ublk_trio.options import DataMode, DeviceOptions
+from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions
 from ublk_trio.params import params_of
 from ublk_trio.queue import Queue, QueueStatistics
+from ublk_trio.recovery import Recoverable, find_recoverable, recovery_of, start_recovery
 from ublk_trio.ring import CharDevice, Kernel
 from ublk_trio.uapi import ANY_DEVICE_ID, DevInfo, Feature
 
@@ -86,15 +91,27 @@ class DeviceStatistics:
 
 
 class Device:
-    """A live disk. Made by `Target.start_device` and `serve_device`, never directly."""
+    """A live disk. Made by `Target.start_device`, `Target.recover_device` and `serve_device`, never directly."""
 
-    def __init__(self, kernel: Kernel, control: Control, backend: Backend, options: DeviceOptions) -> None:
+    def __init__(
+        self,
+        kernel: Kernel,
+        control: Control,
+        backend: Backend,
+        options: DeviceOptions,
+        recoverable: Recoverable | None = None,
+    ) -> None:
+        if recoverable is not None:
+            options = recoverable.options(options)
         options.check(page_size=kernel.page_size)
         _check_is_backend(backend)
         self.options = options
         self.backend = as_async(backend) if options.serve == "async" else backend
         self._kernel = kernel
         self._control = control
+        self._recoverable = recoverable
+        #: The disk is ours to stop and to delete: we added it, or have taken it over.
+        self._owned = recoverable is None
         self._info: DevInfo | None = None
         self._handlers: Handlers | None = None
         self._char: CharDevice | None = None
@@ -174,7 +191,8 @@ class Device:
     async def run(self, task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED) -> None:
         """Bring the disk up, serve it until it is asked to stop or cancelled, and take everything down again."""
         try:
-            async with self._opened_backend(), self._added(), self._opened_char() as char:
+            got = self._added() if self._recoverable is None else self._taken_over(self._recoverable)
+            async with self._opened_backend(), got, self._opened_char() as char:
                 with self._opened_queues(char):
                     await self._serve(task_status)
         finally:
@@ -198,7 +216,7 @@ class Device:
             flags |= Feature.CMD_IOCTL_ENCODE
         if self.options.mode is DataMode.GET_DATA:
             flags |= Feature.NEED_GET_DATA
-        return flags
+        return flags | RECOVERY_FLAGS[self.options.recovery]
 
     @asynccontextmanager
     async def _added(self) -> AsyncIterator[None]:
@@ -215,6 +233,8 @@ class Device:
         try:
             if options.mode is DataMode.GET_DATA and Feature.NEED_GET_DATA not in info.flags:
                 raise UsageError(f"{self._kernel.name} does not do mode get-data: choose copy")
+            if recovery_of(info.flags) is not options.recovery:
+                raise UsageError(f"{self._kernel.name} does not do recovery {options.recovery.value}")
             if info.nr_hw_queues < options.queues:
                 logger.info(
                     "device %d: the kernel gives %d of %d queues", info.dev_id, info.nr_hw_queues, options.queues
@@ -223,12 +243,24 @@ class Device:
             await control.set_params(info.dev_id, params_of(self._handlers, max_io_bytes=info.max_io_buf_bytes))
             yield
         finally:
-            if not self._deleted:
-                with trio.CancelScope(shield=True):
-                    await self._delete(info.dev_id)
+            await self._delete(info.dev_id)
+
+    @asynccontextmanager
+    async def _taken_over(self, recoverable: Recoverable) -> AsyncIterator[None]:
+        assert self._handlers is not None
+        recoverable.check_backend(self.backend, self._handlers)
+        self._info = info = recoverable.info
+        await start_recovery(self._control, info.dev_id)
+        try:
+            yield
+        finally:
+            if self._owned:
+                await self._delete(info.dev_id)
 
     async def _delete(self, dev_id: int) -> None:
-        with trio.move_on_after(DELETE_SECONDS) as scope, already_gone_is_fine():
+        if self._deleted:
+            return
+        with trio.move_on_after(DELETE_SECONDS, shield=True) as scope, already_gone_is_fine():
             await self._control.delete_device(dev_id)
             logger.info("device %d: deleted", dev_id)
         if scope.cancelled_caught:
@@ -282,7 +314,10 @@ class Device:
             finally:
                 with trio.CancelScope(shield=True):
                     try:
-                        await self._stop_serving()
+                        if self._owned:
+                            await self._stop_serving()
+                        else:
+                            await self._let_go()
                     finally:
                         # Whatever went wrong there: without its ring no queue can go on for ever.
                         self._close_rings()
@@ -292,7 +327,11 @@ class Device:
         # order. The queues serve while it runs, so it ends soon; if they cannot, `_stop_serving` ends it.
         try:
             with self._start_scope:
-                await self._control.start_device(self.dev_id)
+                if self._owned:
+                    await self._control.start_device(self.dev_id)
+                else:
+                    await self._control.end_recovery(self.dev_id)
+                    self._owned = True
         except KernelError as error:
             self._start_error = error
         finally:
@@ -342,6 +381,19 @@ class Device:
             raise StuckError(
                 f"device {self.dev_id} had to be torn from the kernel; not answered: {stuck or 'STOP_DEV'}"
             )
+
+    async def _let_go(self) -> None:
+        """Leave a disk that could not be taken over as it was: without a server, but there."""
+        logger.info("device %d: not taken over", self.dev_id)
+        self._start_scope.cancel()
+        # First the rings, so that nothing is answered any more: what we were given already goes to the next server.
+        self._close_rings()
+        for queue in self._queues:
+            queue.refuse()
+        with trio.move_on_after(REFUSE_SECONDS):
+            await self._start_ended.wait()
+            for queue in self._queues:
+                await queue.ended.wait()
 
     async def _stop_command(self) -> None:
         await self._start_ended.wait()
@@ -404,3 +456,17 @@ async def serve_device(
     """
     async with open_control(kernel) as control:
         await Device(kernel, control, backend, options or DeviceOptions()).run(task_status)
+
+
+async def recover_device(
+    kernel: Kernel,
+    dev_id: int,
+    backend: Backend,
+    options: DeviceOptions | None = None,
+    *,
+    task_status: trio.TaskStatus[Device] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """As `serve_device`, for a disk whose server is gone: see `Target.recover_device`."""
+    async with open_control(kernel) as control:
+        found = await find_recoverable(control, dev_id)
+        await Device(kernel, control, backend, options or DeviceOptions(), found).run(task_status)

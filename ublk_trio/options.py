@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import get_args
 
 import attrs
 
 from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Serve
-from ublk_trio.uapi import MAX_DEVICES, MAX_IO_BYTES, MAX_NR_QUEUES, MAX_QUEUE_DEPTH
+from ublk_trio.uapi import MAX_DEVICES, MAX_IO_BYTES, MAX_NR_QUEUES, MAX_QUEUE_DEPTH, Feature
 
 
 class DataMode(Enum):
@@ -19,6 +21,38 @@ class DataMode(Enum):
     COPY = "copy"
     #: A bounded pool of buffers per queue: memory for what is in flight only, for one more round trip per WRITE.
     GET_DATA = "get-data"
+
+
+class Recovery(Enum):
+    """What becomes of a disk when its server dies without stopping it."""
+
+    #: The disk goes, and what was under way fails.
+    OFF = "off"
+    #: The disk stays. What the server held fails with EIO, since it may have been done; all else waits for a new server.
+    REQUEUE = "requeue"
+    #: The disk stays. What the server held is given to the new one again: for backends where doing it twice is harmless.
+    REISSUE = "reissue"
+    #: The disk stays. Everything fails with EIO until there is a new server.
+    FAIL = "fail"
+
+
+#: The features that each asks the kernel for.
+RECOVERY_FLAGS: Mapping[Recovery, Feature] = MappingProxyType(
+    {
+        Recovery.OFF: Feature(0),
+        Recovery.REQUEUE: Feature.USER_RECOVERY,
+        Recovery.REISSUE: Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE,
+        Recovery.FAIL: Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO,
+    }
+)
+
+
+def _to_recovery(value: Recovery | str) -> Recovery:
+    try:
+        return Recovery(value)
+    except ValueError:
+        known = ", ".join(recovery.value for recovery in Recovery)
+        raise UsageError(f"recovery is {value!r}: known are {known}") from None
 
 
 def _to_mode(value: DataMode | str) -> DataMode:
@@ -47,6 +81,7 @@ class DeviceOptions:
     #: None: "async" if the backend has an async method, else "inline".
     serve: Serve | None = None
     read_only: bool = False
+    recovery: Recovery = attrs.field(default=Recovery.OFF, converter=_to_recovery)
     #: Seconds without progress after which a stop no longer waits for the backend: what it still holds fails with EIO.
     grace_seconds: float = 10.0
 

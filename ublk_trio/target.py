@@ -20,6 +20,7 @@ from ublk_trio.device import Device, DeviceStatistics
 from ublk_trio.errors import UblkError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.options import DeviceOptions
+from ublk_trio.recovery import Recoverable, find_recoverable
 from ublk_trio.ring import Kernel
 
 logger = logging.getLogger("ublk_trio.target")
@@ -54,9 +55,25 @@ class Target:
 
         Raises `UsageError`, `BackendError` or `KernelError`, and then nothing is left of it. Cancelled means the same.
         """
+        return await self._begin(backend, options, None)
+
+    async def recover_device(self, dev_id: int, backend: Backend, options: DeviceOptions | None = None) -> Device:
+        """Take over a disk whose server is gone, and that was started with a `Recovery`; return when it is live again.
+
+        Of ``options`` only ``serve``, ``pool_buffers`` and ``grace_seconds`` count; queues, depth, buffer size, mode and
+        recovery are the device's own, read back from the kernel. Waits a few seconds for the kernel to notice that the
+        server is gone. Raises as `start_device` does, and `UsageError` for a device that cannot be recovered or a backend
+        whose size, block size or operations are not the disk's; then, and when cancelled, the disk is left as it was.
+        From then on it is this target's, which stops and deletes it as any other.
+        """
+        if any(device.dev_id == dev_id for device in self._devices):
+            raise UsageError(f"device {dev_id} is live: this target serves it")
+        return await self._begin(backend, options, await find_recoverable(self._control, dev_id))
+
+    async def _begin(self, backend: Backend, options: DeviceOptions | None, recoverable: Recoverable | None) -> Device:
         if self._closed:
             raise UsageError("the target is closed: start devices inside its block")
-        device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions())
+        device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions(), recoverable)
         return device
 
     async def stop_device(self, device: Device) -> None:
@@ -78,8 +95,15 @@ class Target:
         """A snapshot."""
         return TargetStatistics(devices=tuple(device.statistics() for device in self.devices))
 
-    async def _hold(self, backend: Backend, options: DeviceOptions, *, task_status: trio.TaskStatus[Device]) -> None:
-        device = Device(self.kernel, self._control, backend, options)
+    async def _hold(
+        self,
+        backend: Backend,
+        options: DeviceOptions,
+        recoverable: Recoverable | None,
+        *,
+        task_status: trio.TaskStatus[Device],
+    ) -> None:
+        device = Device(self.kernel, self._control, backend, options, recoverable)
         live = _Live(self._devices, task_status)
         try:
             await device.run(live)

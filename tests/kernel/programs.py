@@ -154,7 +154,7 @@ def requests_done(disk: str) -> int:
 
 
 class Server:
-    """`ublk_trio start` as a process of its own. Made by `start_server`."""
+    """`ublk_trio start` or `recover` as a process of its own. Made by `start_server` and `recover_server`."""
 
     def __init__(self, process: trio.Process, stderr: IO[bytes]) -> None:
         self.process = process
@@ -212,13 +212,27 @@ async def start_server(
 ) -> AsyncIterator[Server]:
     """A live server. If the block has not ended it, it must exit with 0 when it gets the signal, silently."""
     arguments = [word for spec in backends for word in ("--backend", spec)]
+    async with _serving(["start", *arguments, *options], disks=len(backends), ends_with=ends_with) as server:
+        yield server
+
+
+@asynccontextmanager
+async def recover_server(disk: str, backend: str, *, options: Sequence[str] = ()) -> AsyncIterator[Server]:
+    """As `start_server`, for a disk whose server was killed."""
+    arguments = ["recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
+    async with _serving(arguments, disks=1, ends_with=signal.SIGTERM) as server:
+        yield server
+
+
+@asynccontextmanager
+async def _serving(arguments: Sequence[str], *, disks: int, ends_with: signal.Signals) -> AsyncIterator[Server]:
     with tempfile.TemporaryFile() as stderr:
         process = await trio.lowlevel.open_process(
-            [*UBLK_TRIO, "start", *arguments, *options], stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT
+            [*UBLK_TRIO, *arguments], stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT
         )
         try:
             server = Server(process, stderr)
-            await server.wait_until_live(len(backends))
+            await server.wait_until_live(disks)
             yield server
             if process.returncode is None:
                 code = await server.stop(ends_with)

@@ -15,7 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import ublk_trio
-from ublk_trio.cli import devices, doctor, features, start
+from ublk_trio.cli import devices, doctor, features, recover, start
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError
 
@@ -26,6 +26,7 @@ app = App(
     help_format="plaintext",
 )
 app.command(start.start)
+app.command(recover.recover)
 app.command(devices.list_devices, name="list")
 app.command(devices.stop)
 app.command(features.features)

@@ -3,9 +3,7 @@ one."""
 
 from __future__ import annotations
 
-import logging
 import mmap
-import signal
 import sys
 from typing import Annotated, Literal
 
@@ -13,21 +11,17 @@ import attrs
 import trio
 from cyclopts import Parameter
 
-from ublk_trio.backends import Backend, Null, parse_backend, parse_size
+from ublk_trio.backends import Null, parse_backend, parse_size
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.progress import Progress
-from ublk_trio.cli.records import remove_record, write_record
-from ublk_trio.device import Device
-from ublk_trio.errors import UblkError, UsageError
+from ublk_trio.cli.serving import Disk, serve_until_signal, wait_for_signal
+from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Serve
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
-from ublk_trio.options import DataMode, DeviceOptions
-from ublk_trio.real import RealKernel
-from ublk_trio.target import Target, open_target
+from ublk_trio.options import DataMode, DeviceOptions, Recovery
+from ublk_trio.target import open_target
 from ublk_trio.workload import Pattern, Workload, WorkloadReport
-
-logger = logging.getLogger("ublk_trio.cli")
 
 
 async def start(
@@ -41,6 +35,7 @@ async def start(
     mode: Literal["copy", "get-data"] = "copy",
     serve: Serve | None = None,
     read_only: Annotated[bool, Parameter(negative="")] = False,
+    recovery: Literal["off", "requeue", "reissue", "fail"] = "off",
     grace: float = 10.0,
     workload: Pattern | None = None,
     seconds: float | None = None,
@@ -73,6 +68,10 @@ async def start(
         Default: what suits the backend.
     read_only
         Refuse writes.
+    recovery
+        What becomes of a disk when this process is killed. "off": it goes. Else it stays for `ublk-trio recover`, and
+        what was in flight here fails ("requeue"), is asked again of the next server ("reissue"), or fails together with
+        all else until there is one ("fail").
     grace
         Seconds without progress after which a stop no longer waits for the backend.
     workload
@@ -89,7 +88,7 @@ async def start(
     if seconds is not None and not seconds > 0:
         raise UsageError(f"--seconds is {seconds:g}: give more than 0")
     disks = [
-        _Disk(
+        Disk(
             spec=spec,
             backend=parse_backend(spec),
             options=DeviceOptions(
@@ -100,6 +99,7 @@ async def start(
                 mode=DataMode(mode),
                 serve=serve,
                 read_only=read_only,
+                recovery=Recovery(recovery),
                 grace_seconds=grace,
             ),
         )
@@ -110,65 +110,15 @@ async def start(
     if kernel == "sim":
         run = Workload(seed=seed or 0, pattern=workload or "random", seconds=seconds or 5.0)
         return await _simulate(disks, run, json=json)
-    return await _serve(disks, json=json)
+    return await serve_until_signal(disks, json=json)
 
 
-@attrs.frozen(kw_only=True)
-class _Disk:
-    spec: str
-    backend: Backend
-    options: DeviceOptions
-
-
-async def _wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for number in signals:
-            logger.info("%s: stopping", signal.Signals(number).name)
-            cancel.cancel()
-
-
-async def _serve(disks: list[_Disk], *, json: bool) -> int:
-    code = ExitCode.OK
-    async with trio.open_nursery() as nursery:
-        serving = trio.CancelScope()
-        await nursery.start(_wait_for_signal, serving)
-        with serving:
-            async with open_target(RealKernel()) as target:
-                devices = [await _start_one(target, disk, json=json) for disk in disks]
-                for device in devices:
-                    code = max(code, await _wait_until_gone(target, device))
-        nursery.cancel_scope.cancel()
-    return code
-
-
-async def _start_one(target: Target, disk: _Disk, *, json: bool) -> Device:
-    device = await target.start_device(disk.backend, disk.options)
-    write_record(device.dev_id, backend=disk.spec)
-    if json:
-        print_json({"id": device.dev_id, "path": device.path, "size": device.size, "serve": device.serve})
-    else:
-        print(device.path, flush=True)
-    return device
-
-
-async def _wait_until_gone(target: Target, device: Device) -> ExitCode:
-    try:
-        await target.wait_device(device)
-    except UblkError as error:
-        print(f"ublk-trio: {error}", file=sys.stderr)
-        return ExitCode.FAILED
-    finally:
-        remove_record(device.dev_id)
-    return ExitCode.OK
-
-
-async def _simulate(disks: list[_Disk], workload: Workload, *, json: bool) -> int:
+async def _simulate(disks: list[Disk], workload: Workload, *, json: bool) -> int:
     kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True)
     print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
     async with trio.open_nursery() as nursery:
         running = trio.CancelScope()
-        await nursery.start(_wait_for_signal, running)
+        await nursery.start(wait_for_signal, running)
         with running:
             async with open_target(kernel) as target:
                 reports: list[WorkloadReport] = []

@@ -1,0 +1,162 @@
+"""Taking over a disk whose server is gone: what must be true first, and what is taken from the kernel.
+
+Facts: a device that was added with USER_RECOVERY outlives its server. When the char device is closed it becomes QUIESCED
+(or FAIL_IO): requests wait (or fail) until another server opens it, fetches every tag and ends the recovery. Queues, depth,
+buffer size, flags and parameters are the device's own; a new server has to live with them. The kernel looks at none of
+what a new server serves from, so that a wrong backend would be a wrong disk under a mounted filesystem: it is checked
+here, before anything is touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import attrs
+import trio
+
+from ublk_trio.backends import Backend
+from ublk_trio.control import Control
+from ublk_trio.errors import KernelError, UsageError
+from ublk_trio.handlers import Handlers
+from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
+from ublk_trio.params import params_of
+from ublk_trio.uapi import SECTOR_SHIFT, BasicAttr, DeviceState, DevInfo, Feature, Params
+
+#: Seconds that the kernel gets to notice that the last server is gone: it does so when the last of its rings ended, which a
+#: kernel worker sees to.
+NOTICE_SECONDS = 5.0
+_PAUSE_SECONDS = 0.02
+
+#: Ways of moving data, and kinds of disk, that this version cannot take over.
+_NOT_SERVED = (
+    Feature.SUPPORT_ZERO_COPY
+    | Feature.USER_COPY
+    | Feature.AUTO_BUF_REG
+    | Feature.BATCH_IO
+    | Feature.ZONED
+    | Feature.INTEGRITY
+)
+_RECOVERABLE = frozenset({DeviceState.QUIESCED, DeviceState.FAIL_IO})
+
+
+@attrs.frozen(kw_only=True)
+class Recoverable:
+    """A device without a server, as the kernel describes it."""
+
+    info: DevInfo
+    params: Params
+
+    def options(self, options: DeviceOptions) -> DeviceOptions:
+        """``options`` with all that the device brings along: id, queues, depth, buffer size, mode, recovery."""
+        info = self.info
+        assert self.params.basic is not None
+        return attrs.evolve(
+            options,
+            dev_id=info.dev_id,
+            queues=info.nr_hw_queues,
+            depth=info.queue_depth,
+            max_io_bytes=info.max_io_buf_bytes,
+            mode=DataMode.GET_DATA if Feature.NEED_GET_DATA in info.flags else DataMode.COPY,
+            recovery=recovery_of(info.flags),
+            read_only=BasicAttr.READ_ONLY in self.params.basic.attrs,
+        )
+
+    def check_backend(self, backend: Backend, handlers: Handlers) -> None:
+        """Raise `UsageError` unless the opened backend can stand in for the one that the disk was made from."""
+        dev_id, basic = self.info.dev_id, self.params.basic
+        assert basic is not None
+        size, block_size = basic.dev_sectors << SECTOR_SHIFT, 1 << basic.logical_bs_shift
+        if backend.size != size:
+            raise UsageError(
+                f"device {dev_id} is a disk of {size} bytes, and backend {backend} has {backend.size}: "
+                "give the backend that it was made from"
+            )
+        if backend.block_size != block_size:
+            raise UsageError(
+                f"device {dev_id} has blocks of {block_size} bytes, and backend {backend} of {backend.block_size}: "
+                f"say block_size={block_size}"
+            )
+        missing = sorted(self._promises() - _promises(params_of(handlers, max_io_bytes=self.info.max_io_buf_bytes)))
+        if missing:
+            raise UsageError(f"device {dev_id} offers {', '.join(missing)}, and backend {backend} cannot do that")
+
+    def _promises(self) -> frozenset[str]:
+        return _promises(self.params)
+
+
+def _promises(params: Params) -> frozenset[str]:
+    """What a disk with these parameters is asked for besides reads."""
+    assert params.basic is not None
+    promises = set() if BasicAttr.READ_ONLY in params.basic.attrs else {"writes"}
+    if BasicAttr.VOLATILE_CACHE in params.basic.attrs:
+        promises.add("flushes")
+    if params.discard is not None and params.discard.max_discard_sectors:
+        promises.add("discards")
+    if params.discard is not None and params.discard.max_write_zeroes_sectors:
+        promises.add("write-zeroes")
+    return frozenset(promises)
+
+
+def recovery_of(flags: Feature) -> Recovery:
+    """What a device with these flags does when its server dies."""
+    asked = flags & RECOVERY_FLAGS[Recovery.FAIL] | flags & RECOVERY_FLAGS[Recovery.REISSUE]
+    return next(recovery for recovery, needed in RECOVERY_FLAGS.items() if needed == asked)
+
+
+async def find_recoverable(control: Control, dev_id: int) -> Recoverable:
+    """Ask the kernel what it has. Touches nothing.
+
+    Waits up to `NOTICE_SECONDS` for the kernel to notice the end of a server that is gone. Raises `UsageError` when the
+    device cannot be taken over, `KernelError` when there is none.
+    """
+    info = await control.device_info(dev_id)
+    with trio.move_on_after(NOTICE_SECONDS):
+        while info.state is DeviceState.LIVE and not _is_served(info):
+            await trio.sleep(_PAUSE_SECONDS)
+            info = await control.device_info(dev_id)
+    _check_state(info)
+    if info.flags & _NOT_SERVED:
+        names = ", ".join(feature.name or "?" for feature in info.flags & _NOT_SERVED)
+        raise UsageError(f"device {dev_id} was made with {names}, which this version does not serve")
+    params = await control.params(dev_id)
+    if params.basic is None:
+        raise UsageError(f"device {dev_id} was never started: delete it and start a new one")
+    return Recoverable(info=info, params=params)
+
+
+async def start_recovery(control: Control, dev_id: int) -> None:
+    """START_USER_RECOVERY, tried again while the kernel still takes the last server's char device apart.
+
+    Linux 6.12 calls a device QUIESCED before that is over. Raises `KernelError` after `NOTICE_SECONDS`.
+    """
+    deadline = trio.current_time() + NOTICE_SECONDS
+    while True:
+        try:
+            await control.start_recovery(dev_id)
+        except KernelError as error:
+            if error.errno != errno.EBUSY or trio.current_time() > deadline:
+                raise
+        else:
+            return
+        await trio.sleep(_PAUSE_SECONDS)
+
+
+def _is_served(info: DevInfo) -> bool:
+    """Whether its server still runs: another process, that is, and not one of our own earlier ones."""
+    if info.ublksrv_pid <= 0 or info.ublksrv_pid == os.getpid():
+        return False
+    return os.path.exists(f"/proc/{info.ublksrv_pid}")
+
+
+def _check_state(info: DevInfo) -> None:
+    dev_id = info.dev_id
+    if Feature.USER_RECOVERY not in info.flags:
+        raise UsageError(
+            f"device {dev_id} was made without recovery: stop it, and start it with --recovery another time"
+        )
+    if info.state in _RECOVERABLE:
+        return
+    if info.state is DeviceState.LIVE:
+        raise UsageError(f"device {dev_id} is live: process {info.ublksrv_pid} serves it")
+    raise UsageError(f"device {dev_id} is stopped: there is nothing to recover; delete it and start a new one")
