@@ -32,7 +32,7 @@ class Recovery(Enum):
     REQUEUE = "requeue"
     #: The disk stays. What the server held is given to the new one again: for backends where doing it twice is harmless.
     REISSUE = "reissue"
-    #: The disk stays. Everything fails with EIO until there is a new server.
+    #: The disk stays. What the server held fails with EIO, all else with EREMOTEIO until there is a new one.
     FAIL = "fail"
 
 

@@ -116,7 +116,7 @@ async def test_requeue_under_load(tmp_path: Path) -> None:
 
 
 async def test_fail_until_recovered(tmp_path: Path) -> None:
-    """With `fail`, everything fails with EIO while there is no server, and works again with the next one."""
+    """With `fail`, everything fails, with EREMOTEIO, while there is no server, and works again with the next one."""
     backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
     if not await kernel_has(Feature.USER_RECOVERY_FAIL_IO):
         refused = await ublk_trio("start", "--backend", backend, "--recovery", "fail")
@@ -129,7 +129,7 @@ async def test_fail_until_recovered(tmp_path: Path) -> None:
         assert await state_of(disk) == "FAIL_IO"
         failed = await run(*read, f"if={disk}")
         assert failed.code == 1
-        assert "Input/output error" in failed.stderr
+        assert "Remote I/O error" in failed.stderr
         async with recover_server(disk, backend):
             (await run(*read, f"if={disk}")).check()
 
