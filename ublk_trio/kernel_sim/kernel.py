@@ -21,14 +21,16 @@ from typing import Any
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim import char_device
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
+from ublk_trio.kernel_sim.call import Identity
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
 from ublk_trio.kernel_sim.clock import SimClock
-from ublk_trio.kernel_sim.control import Held, Steps
-from ublk_trio.kernel_sim.device import SimDevice, SimMutex
+from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
+from ublk_trio.kernel_sim.waits import Held, SimMutex, Steps
 from ublk_trio.uapi import DevInfo, Feature
 
 _PAGE_SIZE = 4096
@@ -67,7 +69,11 @@ class SimKernel:
         self.features = offered if features is None else offered & features
         self.paranoid = paranoid
         self.partition_scan = partition_scan
+        #: Whoever calls, where nothing says which process it is: root or not, and whom its devices belong to.
         self.privileged = privileged
+        self.uid = self.gid = 0 if privileged else 1000
+        #: Points of `control_faults.CONTROL_FAULTS` where Choices may let a control command fail.
+        self.control_faults: frozenset[str] = frozenset()
         self.legacy_opcodes = legacy_opcodes
         self.devices_max = devices_max
         #: The process that opens char devices; START_DEV must name it.
@@ -109,14 +115,15 @@ class SimKernel:
             ring.close()
 
     async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> SimCharDevice:
-        """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EBUSY while it has an opener."""
+        """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EACCES, EBUSY while it has an opener."""
         await trio.lowlevel.checkpoint()
         path = self.char_path(info.dev_id)
         device = self.devices.get(info.dev_id)
-        if device is None or device.removed:
-            raise KernelError(errno.ENOENT, f"cannot open {path}: {errno_text(errno.ENOENT)}")
-        if device.char_in_use:
-            raise KernelError(errno.EBUSY, f"cannot open {path}: {errno_text(errno.EBUSY)}: it has an opener")
+        refused = char_device.check_open(device, self.identity)
+        if refused:
+            text = f"cannot open {path}: {errno_text(refused)}"
+            raise KernelError(-refused, f"{text}: it has an opener" if refused == -errno.EBUSY else text)
+        assert device is not None
         return SimCharDevice(device, ioctl_encoded=ioctl_encoded)
 
     def device_ids(self) -> list[int]:
@@ -162,6 +169,8 @@ class SimKernel:
         """The machine's clock goes on; what has a time limit meets it. Nothing else moves this clock."""
         if self.log is not None:
             self.log.append(("time", seconds))
+        for _, device in sorted(self.devices.items()):
+            device.set_timers()
         self.clock.advance(seconds)
         self.changed()
 
@@ -170,12 +179,18 @@ class SimKernel:
         device = self.devices[dev_id]
         if self.log is not None:
             self.log.append(("crash", dev_id))
+        device.server_died = True
         for ring in list(device.rings):
             ring.close()
         if device.char is not None:
             device.char.close()
 
     # ------------------------------------------------------------------ for the other modules
+
+    @property
+    def identity(self) -> Identity:
+        """Who calls, where nothing else says so."""
+        return Identity(pid=self.server_pid, uid=self.uid, gid=self.gid, privileged=self.privileged)
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""
