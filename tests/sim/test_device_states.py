@@ -150,7 +150,7 @@ STATES: dict[str, Callable[[Situation], Awaitable[None]]] = {
         failing,
         recovering,
         deleted,
-    )  # fmt: skip
+    )
 }
 UNKNOWN = 0x7F
 

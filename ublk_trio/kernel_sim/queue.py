@@ -228,6 +228,7 @@ class SimQueue:
 
     def ring_closed(self, ring: SimQueueRing) -> None:
         """The ring's pending commands end, and what was not delivered goes back; what was, waits for the server's end."""
+        undelivered = []
         for tag in self.tags:
             if tag.ring is not ring:
                 continue
@@ -235,10 +236,14 @@ class SimQueue:
                 self._give_back_buffer(ring, tag)
             if tag.flags & ACTIVE:
                 tag.flags |= CANCELED
-                request = tag.request
-                if request is not None:
-                    self._release(tag)
-                    self._turn_away(request)
+                if tag.request is not None:
+                    undelivered.append(tag)
+        # Before those that wait for a tag: releasing one turns the next of them away.
+        for tag in undelivered:
+            assert tag.request is not None
+            self._turn_away(tag.request)
+        for tag in undelivered:
+            self._release(tag)
 
     def abort_owned(self) -> None:
         """The server is gone: what it still held fails, or goes to the next one, at the head of the line."""

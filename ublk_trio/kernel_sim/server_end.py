@@ -28,12 +28,11 @@ def ring_closed(device: SimDevice, ring: SimQueueRing) -> None:
             device.set_canceling()
         for queue in device.queues:
             queue.ring_closed(ring)
-    else:
-        found_out = [_abort_queue(device, queue) for queue in pending]
-        for queue in device.queues:
-            queue.ring_closed(ring)
-        if any(found_out):
-            _start_end_work(device)
+        return
+    found_out = [queue for queue in pending if _is_news(device, queue)]
+    for queue in device.queues:
+        queue.ring_closed(ring)
+    _end_server(device, found_out)
 
 
 # ---------------------------------------------------------------------- since 6.15: the last close
@@ -82,18 +81,21 @@ def _fail_io(device: SimDevice) -> None:
 # ---------------------------------------------------------------------- before 6.15: when a command is cancelled
 
 
-def _abort_queue(device: SimDevice, queue: SimQueue) -> bool:
-    """What a queue's server had is failed or reissued. Whether that is news, and the device has to follow."""
+def _is_news(device: SimDevice, queue: SimQueue) -> bool:
+    """Mark the queue as one whose server goes. False when it was, or when there is no disk that would mind."""
     if queue.canceling or device.disk is None:
         return False
     queue.canceling = True
     device.update_delivery()
-    queue.abort_owned()
     return True
 
 
-def _start_end_work(device: SimDevice) -> None:
-    device.kernel.run(f"end of the server of device {device.dev_id}", _end_work(device))
+def _end_server(device: SimDevice, queues: list[SimQueue]) -> None:
+    """What the server of these queues had is failed or reissued, and the device follows."""
+    for queue in queues:
+        queue.abort_owned()
+    if queues:
+        device.kernel.run(f"end of the server of device {device.dev_id}", _end_work(device))
 
 
 def _end_work(device: SimDevice) -> Steps:
@@ -134,5 +136,5 @@ def request_timed_out(device: SimDevice, queue: SimQueue) -> None:
     if device.kernel.version.release_ends_server or not device.server_died:
         return
     # No command is left whose cancelling would tell: the timeout itself does.
-    if queue.all_owned and _abort_queue(device, queue):
-        _start_end_work(device)
+    if queue.all_owned and _is_news(device, queue):
+        _end_server(device, [queue])
