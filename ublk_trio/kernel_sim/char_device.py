@@ -48,7 +48,7 @@ class Node:
 def permission(device: SimDevice, path: str, caller: Caller, *, write: bool) -> int:
     """Whether ``path`` is the device's char device and the caller may use it so: 0, ENOENT, EPERM or EACCES, negative."""
     kernel = device.kernel
-    path = posixpath.normpath(posixpath.join("/", path)) if path else ""
+    path = posixpath.normpath("/" + path.lstrip("/")) if path else ""
     if path != kernel.char_path(device.dev_id) or device.removed:
         return -errno.EPERM if _exists(kernel, path) else -errno.ENOENT
     return 0 if device.node.allows(caller, _READ | _WRITE if write else _READ) else -errno.EACCES

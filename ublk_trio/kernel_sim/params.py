@@ -49,6 +49,8 @@ _MAX_SHIFT: Final = 28
 _MIN_SECTORS: Final = 8
 _DMA_ALIGNMENT_MAX: Final = 4096
 _U64_MAX: Final = (1 << 64) - 1
+# A plain number, because what is not a known flag must not vanish.
+_INTEGRITY_FLAGS: Final = int(IntegrityCap.INTEGRITY | IntegrityCap.REFTAG)
 #: Bytes that a checksum takes of each interval's metadata.
 _CHECKSUM_BYTES: Mapping[int, int] = MappingProxyType(
     {
@@ -170,7 +172,7 @@ def _integrity_ok(held: bytes, info: DevInfo) -> bool:
     checksum_bytes = _CHECKSUM_BYTES.get(checksum)
     return (
         bool(info.flags & Feature.INTEGRITY)
-        and not flags & ~(IntegrityCap.INTEGRITY | IntegrityCap.REFTAG)
+        and not flags & ~_INTEGRITY_FLAGS
         and checksum_bytes is not None
         and metadata != 0
         and not (checksum == IntegrityChecksum.NONE and flags & IntegrityCap.REFTAG)
