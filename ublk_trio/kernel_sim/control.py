@@ -44,7 +44,6 @@ from ublk_trio.uapi import (
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.kernel import SimKernel
-    from ublk_trio.kernel_sim.ring import SimControlRing
 
 #: A command under way: yields what it waits for, gets True sent when it was interrupted, returns its result.
 Steps = Generator[Wait, bool, int]
@@ -99,9 +98,7 @@ class Held:
 
     __slots__ = ("name", "on_done", "ring", "steps", "wait")
 
-    def __init__(
-        self, name: str, steps: Steps, wait: Wait, ring: SimControlRing | None, on_done: Callable[[int], None]
-    ) -> None:
+    def __init__(self, name: str, steps: Steps, wait: Wait, ring: object, on_done: Callable[[int], None]) -> None:
         self.name = name
         self.steps = steps
         self.wait = wait

@@ -21,6 +21,8 @@ from ublk_trio.uapi import DeviceState, DevInfo, Params
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.control import Steps
     from ublk_trio.kernel_sim.kernel import SimKernel
+    from ublk_trio.kernel_sim.process import CharFile
+    from ublk_trio.kernel_sim.queue import CommandRing
     from ublk_trio.kernel_sim.ring import SimCharDevice, SimQueueRing
 
 
@@ -76,7 +78,7 @@ class SimDevice:
         self.removed = False
         #: Control commands that work on it.
         self.references = 0
-        self.char: SimCharDevice | None = None
+        self.char: SimCharDevice | CharFile | None = None
         self.rings: list[SimQueueRing] = []
         self.releasing = False
         self.opener_pid = 0
@@ -157,14 +159,18 @@ class SimDevice:
     # ------------------------------------------------------------------ the server's end
 
     def ring_closed(self, ring: SimQueueRing) -> None:
+        """One ring of the engine's is gone."""
+        self.cancel_ring(ring)
+        self.rings.remove(ring)
+        self._released()
+
+    def cancel_ring(self, ring: CommandRing) -> None:
         """The commands of one ring are cancelled, and no queue delivers any more."""
         if any(tag.ring is ring for queue in self.queues for tag in queue.tags):
             for queue in self.queues:
                 queue.canceling = True
             for queue in self.queues:
                 queue.ring_closed(ring)
-        self.rings.remove(ring)
-        self._released()
 
     def char_closed(self) -> None:
         """The server closed the char device; it counts once its rings are closed too."""
