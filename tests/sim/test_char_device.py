@@ -19,7 +19,13 @@ SHARE = 98304
 
 def make_device(*, queues: int = 2, depth: int = 200, descriptor: int = 0) -> SimDevice:
     info = DevInfo(
-        dev_id=0, nr_hw_queues=queues, queue_depth=depth, max_io_buf_bytes=65536, io_desc_size=descriptor or 24
+        dev_id=0,
+        nr_hw_queues=queues,
+        queue_depth=depth,
+        max_io_buf_bytes=65536,
+        # Without the feature the size is not looked at.
+        io_desc_size=descriptor or 96,
+        flags=Feature.IO_DESC_SIZE if descriptor else Feature(0),
     )
     return SimDevice(SimKernel(), info)
 

@@ -92,7 +92,7 @@ def check_mmap(device: SimDevice, process: object, *, offset: int, length: int, 
     if writable:
         return -errno.EPERM
     info = device.info
-    stride = info.io_desc_size or 24
+    stride = device.descriptor_bytes
     share = descriptors_offset(1, io_desc_size=stride, page_size=page_size)
     if offset >= share * info.nr_hw_queues:
         return -errno.EINVAL

@@ -21,15 +21,18 @@ from ublk_trio.kernel_sim.block import SimDisk
 from ublk_trio.kernel_sim.char_device import ATTEMPTS_TOO_EARLY_MAX, Node
 from ublk_trio.kernel_sim.linux_errno import number
 from ublk_trio.kernel_sim.params import structure_size
+from ublk_trio.kernel_sim.process import SimTask
 from ublk_trio.kernel_sim.queue import SimQueue
 from ublk_trio.kernel_sim.waits import SimMutex, Steps, Wait
-from ublk_trio.uapi import DeviceState, DevInfo, Feature, Params
+from ublk_trio.uapi import IO_DESC_SIZE, DeviceState, DevInfo, Feature, Params
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
     from ublk_trio.kernel_sim.call import Caller
     from ublk_trio.kernel_sim.clock import Timer
     from ublk_trio.kernel_sim.kernel import SimKernel
+    from ublk_trio.kernel_sim.process import CharFile
+    from ublk_trio.kernel_sim.queue import CommandRing
     from ublk_trio.kernel_sim.ring import SimCharDevice, SimQueueRing
     from ublk_trio.kernel_sim.tag import SimTag
 
@@ -74,7 +77,7 @@ class SimDevice:
         self.removed = False
         #: Control commands that work on it.
         self.references = 0
-        self.char: SimCharDevice | None = None
+        self.char: SimCharDevice | CharFile | None = None
         self.rings: list[SimQueueRing] = []
         self.releasing = False
         self.opener_pid = 0
@@ -102,6 +105,11 @@ class SimDevice:
     def char_in_use(self) -> bool:
         """Somebody has the char device open, or it is still being released."""
         return self.char is not None or bool(self.rings) or self.releasing
+
+    @property
+    def descriptor_bytes(self) -> int:
+        """From one descriptor to the next. Before there was a choice the field could hold anything."""
+        return self.info.io_desc_size if self.info.flags & Feature.IO_DESC_SIZE else IO_DESC_SIZE
 
     @property
     def recoverable(self) -> bool:
@@ -177,7 +185,7 @@ class SimDevice:
 
     def queue_became_ready(self, queue: SimQueue) -> None:
         """The last of a queue's tags was fetched."""
-        if not self.kernel.identity.privileged:
+        if not all(self._is_privileged(tag.task) for tag in queue.tags):
             self.unprivileged_daemons = True
         if self.kernel.version.release_ends_server:
             if not self.canceling:
@@ -187,6 +195,9 @@ class SimDevice:
         if self.all_fetched:
             self.was_fetched = True
         self.kernel.changed()
+
+    def _is_privileged(self, task: object) -> bool:
+        return task.process.privileged if isinstance(task, SimTask) else self.kernel.privileged
 
     def is_ready(self) -> bool:
         """What START_DEV and END_USER_RECOVERY wait for."""
@@ -267,10 +278,14 @@ class SimDevice:
     # ------------------------------------------------------------------ the server's end
 
     def ring_closed(self, ring: SimQueueRing) -> None:
-        """The commands of one ring are cancelled."""
+        """One ring of the engine's is gone."""
         self.rings.remove(ring)
-        server_end.ring_closed(self, ring)
+        self.cancel_ring(ring)
         self._released()
+
+    def cancel_ring(self, ring: CommandRing) -> None:
+        """The commands of one ring are cancelled."""
+        server_end.ring_closed(self, ring)
 
     def char_closed(self) -> None:
         """The server closed the char device; it counts once its rings are closed too."""

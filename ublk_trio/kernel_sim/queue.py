@@ -14,21 +14,56 @@ from __future__ import annotations
 
 import errno
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final, Protocol
 
 from ublk_trio.kernel_sim import checks
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.tag import ACTIVE, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
-from ublk_trio.ring import NO_SLOT
-from ublk_trio.uapi import IO_RES_ABORT, Feature, IoCommand, IoOp
+from ublk_trio.uapi import IO_RES_ABORT, SECTOR_SHIFT, Feature, IoCommand, IoDesc, IoOp
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
     from ublk_trio.kernel_sim.device import SimDevice
-    from ublk_trio.kernel_sim.ring import SimQueueRing
 
 _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
+_ZONE_APPEND = int(IoOp.ZONE_APPEND)
+_FETCH_REQ = int(IoCommand.FETCH_REQ)
+_COMMIT_AND_FETCH_REQ = int(IoCommand.COMMIT_AND_FETCH_REQ)
+_NEED_GET_DATA = int(IoCommand.NEED_GET_DATA)
+_UNREGISTER_IO_BUF = int(IoCommand.UNREGISTER_IO_BUF)
+
+
+#: In place of a command's number: one that no driver knows, and one that is refused for its encoding.
+UNKNOWN_COMMAND: Final = -1
+BAD_OPCODE: Final = -2
+
+
+class CommandRing(Protocol):
+    """Where a queue's commands come from and are completed: an engine's packed ring, or one queue's share of a raw ring."""
+
+    #: Who issues: the thread that opened the ring.
+    task: object
+    #: Whether the server's buffers are watched; then `buffers` and `kernel_holds` are there, and an address is a slot + 1.
+    paranoid: bool
+    buffers: Sequence[memoryview]
+    kernel_holds: dict[int, int]
+
+    def post(self, tag: int) -> None:
+        """The tag's request is on its way to the task, which will `SimQueue.deliver` it."""
+
+    def post_later(self, tag: int) -> None:
+        """The same, after a delay: the request could not be delivered just now."""
+
+    def post_result(self, tag: int, result: int) -> None:
+        """The tag's command ends without a request."""
+
+    def copy_to(self, address: int, data: memoryview) -> int:
+        """Copy to the server's memory as much as is there, and return how much that was."""
+
+    def copy_from(self, address: int, data: memoryview) -> int:
+        """The same in the other direction."""
 
 
 class SimQueue:
@@ -40,7 +75,16 @@ class SimQueue:
         self.depth = depth
         self.tags = [SimTag(tag) for tag in range(depth)]
         self.need_get_data = bool(device.info.flags & Feature.NEED_GET_DATA)
-        self.short_write_is_whole = device.kernel.version.short_write_is_whole
+        #: The driver copies data between requests and the server's buffers.
+        self.copies = not device.info.flags & (Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG)
+        version = device.kernel.version
+        self.short_is_whole = version.short_write_is_whole
+        self._checks_as_until_6_16 = version < (6, 17)
+        self._has_tag_daemons = version >= (6, 16)
+        #: What raw rings delivered, by tag: what a mapping of the descriptors shows.
+        self.descriptors: dict[int, bytes] = {}
+        #: Before each tag had its own: the task that sent the queue's last FETCH_REQ.
+        self.daemon: object = None
         self.fetched = 0
         #: The server is going or gone.
         self.canceling = False
@@ -93,31 +137,61 @@ class SimQueue:
 
     # ------------------------------------------------------------------ per-tag commands
 
-    def command(self, ring: SimQueueRing, command: int, tag_number: int, result: int, slot: int) -> int:
+    def command(self, ring: CommandRing, command: int, tag_number: int, result: int, address: int) -> int:
         """Check and carry out one command; 0 when it is pending now, else the negative errno that it completes with."""
-        if command >= IoCommand.PREP_IO_CMDS:
-            return -errno.EOPNOTSUPP
-        if command == IoCommand.UNREGISTER_IO_BUF or tag_number >= self.depth:
+        if self._checks_as_until_6_16:
+            return self._command_until_6_16(ring, command, tag_number, result, address)
+        if command == _UNREGISTER_IO_BUF or tag_number >= self.depth:
             return -errno.EINVAL
         tag = self.tags[tag_number]
-        if command == IoCommand.FETCH_REQ:
-            return self._fetch(ring, tag, slot)
-        if tag.ring is not ring:  # another task is not the tag's daemon
+        if command == _FETCH_REQ:
+            return self._address_refused(address) or self._fetch(ring, tag, address)
+        if tag.task != ring.task:
             return -errno.EINVAL
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EBUSY
-        if bool(tag.flags & NEED_GET_DATA) != (command == IoCommand.NEED_GET_DATA):
+        if bool(tag.flags & NEED_GET_DATA) != (command == _NEED_GET_DATA):
             return -errno.EINVAL
-        if command == IoCommand.COMMIT_AND_FETCH_REQ:
-            return self._commit(ring, tag, result, slot)
-        if command == IoCommand.NEED_GET_DATA:
-            return self._get_data(ring, tag, slot)
+        if command == _COMMIT_AND_FETCH_REQ:
+            return self._commit(ring, tag, result, address)
+        if command == _NEED_GET_DATA:
+            return self._get_data(ring, tag, address)
         return -errno.EINVAL
 
-    def _fetch(self, ring: SimQueueRing, tag: SimTag, slot: int) -> int:
-        device = self.device
-        if slot == NO_SLOT and not self.need_get_data:
+    def _command_until_6_16(self, ring: CommandRing, command: int, tag_number: int, result: int, address: int) -> int:
+        """Another order of checks: what is pending comes first, whatever the command."""
+        if self.daemon is not None and self.daemon != ring.task:
             return -errno.EINVAL
+        if tag_number >= self.depth:
+            return -errno.EINVAL
+        tag = self.tags[tag_number]
+        if self._has_tag_daemons and tag.task is not None and tag.task != ring.task:
+            return -errno.EINVAL
+        if tag.flags & ACTIVE:
+            return -errno.EBUSY
+        if bool(tag.flags & NEED_GET_DATA) != (command == _NEED_GET_DATA):
+            return -errno.EINVAL
+        if command == BAD_OPCODE:
+            return -errno.EOPNOTSUPP
+        if command == _FETCH_REQ:
+            if self.ready:
+                return -errno.EBUSY
+            return self._address_refused(address) or self._fetch(ring, tag, address)
+        if not tag.flags & OWNED_BY_SRV:
+            return -errno.EINVAL
+        if command == _COMMIT_AND_FETCH_REQ:
+            return self._commit(ring, tag, result, address)
+        if command == _NEED_GET_DATA:
+            return self._get_data(ring, tag, address)
+        return -errno.EINVAL
+
+    def _address_refused(self, address: int) -> int:
+        """FETCH_REQ's address rule: a negative errno, or 0."""
+        refused = not address and not self.need_get_data if self.copies else address
+        return -errno.EINVAL if refused else 0
+
+    def _fetch(self, ring: CommandRing, tag: SimTag, address: int) -> int:
+        device = self.device
         if device.stopping:
             return -errno.ENODEV
         if device.all_fetched:
@@ -126,39 +200,47 @@ class SimQueue:
             return -errno.EINVAL
         tag.flags = ACTIVE
         tag.ring = ring
-        tag.slot = slot
-        if not self.need_get_data:
+        tag.task = ring.task
+        tag.address = address
+        if ring.paranoid and not self.need_get_data:
             self._take_buffer(ring, tag, 0)
         self.fetched += 1
         if self.ready:
+            if not self._has_tag_daemons:
+                self.daemon = ring.task
             device.queue_became_ready(self)
         return 0
 
-    def _commit(self, ring: SimQueueRing, tag: SimTag, result: int, slot: int) -> int:
+    def _commit(self, ring: CommandRing, tag: SimTag, result: int, address: int) -> int:
         request = tag.request
         assert request is not None
-        if slot == NO_SLOT and (not self.need_get_data or request.op == _READ):
+        if self.copies:
+            if not address and (not self.need_get_data or request.op == _READ):
+                return -errno.EINVAL
+        elif address and request.op != _ZONE_APPEND:
             return -errno.EINVAL
         tag.flags = ACTIVE
-        tag.slot = slot
+        tag.ring = ring
+        # First: a READ's data comes from here.
+        tag.address = address
         if ring.paranoid:
             self._check_commit(tag, request, result)
-        end: int | None
         moved = 0
+        end: int | None
         if result < 0:
             end = through_block_status(result)
-        elif request.op == _READ:
-            moved = min(result, request.length)
-            if moved:
-                request.view[:moved] = ring.buffers[slot][:moved]
+        elif request.op == _READ and not result:
+            end = errno.EIO
+        elif request.op == _READ and self.copies:
+            moved = ring.copy_from(address, request.view[: min(result, request.length)])
             end = request.advance(moved) if moved else errno.EIO
-        elif request.op == _WRITE and not self.short_write_is_whole:
+        elif request.op in (_READ, _WRITE) and not self.short_is_whole:
             moved = min(result, request.length)
             end = request.advance(moved)
         else:
             moved = request.length if request.op == _WRITE else 0
             end = 0
-        if not self.need_get_data:
+        if ring.paranoid and not self.need_get_data:
             self._take_buffer(ring, tag, moved)
         if end is None:
             self.waiting.appendleft(request)
@@ -168,32 +250,68 @@ class SimQueue:
             request.end(end)
         return 0
 
-    def _get_data(self, ring: SimQueueRing, tag: SimTag, slot: int) -> int:
-        if slot == NO_SLOT:
-            # The driver does not check, and tries in vain to copy to nowhere, for ever. A refusal says it better.
-            return -errno.EINVAL
+    def _get_data(self, ring: CommandRing, tag: SimTag, address: int) -> int:
         tag.flags = ACTIVE | NEED_GET_DATA
-        tag.slot = slot
-        self._take_buffer(ring, tag, 0)
+        tag.ring = ring
+        tag.address = address
+        if ring.paranoid:
+            self._take_buffer(ring, tag, 0)
         ring.post(tag.tag)
         return 0
 
     # ------------------------------------------------------------------ delivery
 
-    def deliver(self, ring: SimQueueRing, tag_number: int) -> int:
-        """Complete the tag's pending command with its request: 0, or 1 when a WRITE's data is still to be fetched."""
+    def deliver(self, ring: CommandRing, tag_number: int) -> int | None:
+        """Complete the tag's pending command with its request.
+
+        0, or 1 when a WRITE's data is still to be fetched; None when it did not work out and the command stays pending.
+        """
         tag = self.tags[tag_number]
         request = tag.request
         assert request is not None, f"queue {self.queue_id}: nothing to deliver on {tag!r}"
-        if self.need_get_data and request.op == _WRITE and not tag.flags & NEED_GET_DATA:
-            tag.flags = OWNED_BY_SRV | NEED_GET_DATA
-            return 1
-        if tag.poisoned_bytes >= 0:
+        if request.op == _WRITE and self.copies:
+            if self.need_get_data and not tag.flags & NEED_GET_DATA:
+                tag.flags = OWNED_BY_SRV | NEED_GET_DATA
+                return 1
+            if tag.poisoned_bytes >= 0:
+                self._give_back_buffer(ring, tag)
+            copied = ring.copy_to(tag.address, request.view)
+            if copied != request.length and not self._copied_in_part(ring, tag, copied):
+                return None
+        elif tag.poisoned_bytes >= 0:
             self._give_back_buffer(ring, tag)
         tag.flags = OWNED_BY_SRV
-        if request.op == _WRITE:
-            ring.buffers[tag.slot][: request.length] = request.view
         return 0
+
+    def abort(self, tag: SimTag) -> None:
+        """The tag's request cannot be delivered by this server; its command stays pending."""
+        request = tag.request
+        assert request is not None
+        self._release(tag)
+        if self.device.holds:
+            self.held.append(request)
+        else:
+            request.end(errno.EIO)
+
+    def _copied_in_part(self, ring: CommandRing, tag: SimTag, copied: int) -> bool:
+        """Some of a WRITE's data fitted: that much is delivered. None of it: the request comes again later, and so for ever."""
+        if copied:
+            tag.sectors_copied = copied >> SECTOR_SHIFT
+            return True
+        tag.flags = ACTIVE
+        ring.post_later(tag.tag)
+        return False
+
+    def descriptor(self, tag: SimTag) -> bytes:
+        """What the driver wrote for the server when it delivered the tag's request."""
+        request = tag.request
+        assert request is not None
+        return IoDesc(
+            op_flags=request.op_flags,
+            nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
+            start_sector=request.start_sector,
+            addr=tag.address,
+        ).pack()
 
     # ------------------------------------------------------------------ the end of a server
 
@@ -207,7 +325,7 @@ class SimQueue:
                     self._give_back_buffer(tag.ring, tag)
                 tag.ring.post_result(tag.tag, IO_RES_ABORT)
 
-    def has_pending(self, ring: SimQueueRing) -> bool:
+    def has_pending(self, ring: CommandRing) -> bool:
         """Whether a command of the ring is pending: cancelling it tells that the server goes."""
         return any(tag.ring is ring and tag.flags & (ACTIVE | CANCELED) == ACTIVE for tag in self.tags)
 
@@ -226,7 +344,7 @@ class SimQueue:
         """Every tag waits for a request."""
         return all(tag.flags == ACTIVE for tag in self.tags)
 
-    def ring_closed(self, ring: SimQueueRing) -> None:
+    def ring_closed(self, ring: CommandRing) -> None:
         """The ring's pending commands end, and what was not delivered goes back; what was, waits for the server's end."""
         undelivered = []
         for tag in self.tags:
@@ -283,27 +401,30 @@ class SimQueue:
             tag.reset()
         self._free = list(range(self.depth - 1, -1, -1))
         self.fetched = 0
+        self.daemon = None
 
     # ------------------------------------------------------------------ who may touch which buffer
 
-    def _take_buffer(self, ring: SimQueueRing, tag: SimTag, moved_bytes: int) -> None:
-        if not ring.paranoid or tag.slot == NO_SLOT:
+    def _take_buffer(self, ring: CommandRing, tag: SimTag, moved_bytes: int) -> None:
+        if not tag.address:
             return
-        holder = ring.kernel_holds.get(tag.slot)
+        slot = tag.address - 1
+        holder = ring.kernel_holds.get(slot)
         if holder is not None and holder != tag.tag:
-            self._violation("shared-buffer", tag.tag, f"buffer {tag.slot} already belongs to tag {holder}'s command")
-        ring.kernel_holds[tag.slot] = tag.tag
-        tag.poisoned_bytes = checks.poison(ring.buffers[tag.slot], moved_bytes)
+            self._violation("shared-buffer", tag.tag, f"buffer {slot} already belongs to tag {holder}'s command")
+        ring.kernel_holds[slot] = tag.tag
+        tag.poisoned_bytes = checks.poison(ring.buffers[slot], moved_bytes)
 
-    def _give_back_buffer(self, ring: SimQueueRing, tag: SimTag) -> None:
-        offset = checks.damage(ring.buffers[tag.slot], tag.poisoned_bytes)
+    def _give_back_buffer(self, ring: CommandRing, tag: SimTag) -> None:
+        slot = tag.address - 1
+        offset = checks.damage(ring.buffers[slot], tag.poisoned_bytes)
         tag.poisoned_bytes = -1
-        ring.kernel_holds.pop(tag.slot, None)
+        ring.kernel_holds.pop(slot, None)
         if offset is not None:
             self._violation(
                 "touched-kernel-buffer",
                 tag.tag,
-                f"buffer {tag.slot} was written to at byte {offset} while the kernel owned it",
+                f"buffer {slot} was written to at byte {offset} while the kernel owned it",
             )
 
     def _check_commit(self, tag: SimTag, request: Request, result: int) -> None:

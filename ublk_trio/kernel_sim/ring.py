@@ -13,6 +13,7 @@ counts as gone with the last of them. The completion queue never overflows.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -137,6 +138,10 @@ class SimCharDevice:
             )
         device.char_closed()
 
+    def crash(self) -> None:
+        """The server is killed; its rings were closed before."""
+        self.close()
+
 
 class SimQueueRing:
     """`ring.QueueRing`: see there. Made by `SimCharDevice.open_queue`."""
@@ -154,6 +159,7 @@ class SimQueueRing:
         self._arena = Arena(buffers=buffers, buffer_bytes=buffer_bytes)
         self.buffers: Sequence[memoryview] = self._arena.buffers
         self._slots = make_slots(depth=self._depth, buffers=buffers)
+        self.task: object = threading.get_ident()
         self.paranoid = kernel.paranoid
         #: Which tag's command has given a buffer to the kernel; only kept when paranoid.
         self.kernel_holds: dict[int, int] = {}
@@ -187,10 +193,23 @@ class SimQueueRing:
         if self._lot:
             self._lot.unpark_all()
 
+    post_later = post
+
     def post_result(self, tag: int, result: int) -> None:
         """A command ended without a request."""
         assert result < 0
         self.post(result << 16 | tag)
+
+    def copy_to(self, address: int, data: memoryview) -> int:
+        """`queue.CommandRing`: an address is a slot + 1."""
+        if not address:
+            return 0
+        self.buffers[address - 1][: len(data)] = data
+        return len(data)
+
+    def copy_from(self, address: int, data: memoryview) -> int:
+        data[:] = self.buffers[address - 1][: len(data)]
+        return len(data)
 
     # ------------------------------------------------------------------ ring.QueueRing
 
@@ -222,6 +241,8 @@ class SimQueueRing:
         for entry in ready:
             if entry >= 0:
                 result = deliver(self, entry)
+                if result is None:
+                    continue
                 request = tags[entry].request
                 assert request is not None
                 pack_into(events, offset, entry, 0, result, request.op_flags, request.nr_sectors, request.start_sector)
@@ -257,6 +278,10 @@ class SimQueueRing:
     def commit(self, answers: list[int]) -> None:
         if self._closed:
             raise self._closed_error()
+        if threading.get_ident() != self.task:
+            raise KernelError(
+                errno.EEXIST, f"cannot commit: {errno_text(errno.EEXIST)}: a ring belongs to the thread that opened it"
+            )
         self._commits += 1
         self._answers += len(answers)
         slots = self._slots
@@ -270,7 +295,8 @@ class SimQueueRing:
             assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
             if log is not None:
                 log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
-            refusal = self._refusal or command(self, number, tag, answer >> 32, slot)
+            # NO_SLOT becomes address 0.
+            refusal = self._refusal or command(self, number, tag, answer >> 32, slot + 1 & NO_SLOT)
             if refusal:
                 self._queue.refused(number, tag, refusal)
                 self.post_result(tag, refusal)

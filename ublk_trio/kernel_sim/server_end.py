@@ -16,11 +16,10 @@ from ublk_trio.uapi import DeviceState, Feature
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
-    from ublk_trio.kernel_sim.queue import SimQueue
-    from ublk_trio.kernel_sim.ring import SimQueueRing
+    from ublk_trio.kernel_sim.queue import CommandRing, SimQueue
 
 
-def ring_closed(device: SimDevice, ring: SimQueueRing) -> None:
+def ring_closed(device: SimDevice, ring: CommandRing) -> None:
     """io_uring cancels every command that is pending on the ring."""
     pending = [queue for queue in device.queues if queue.has_pending(ring)]
     if device.kernel.version.release_ends_server:

@@ -9,8 +9,11 @@
 | ACTIVE, NEED_GET_DATA | that came; the data is on its way |
 | ACTIVE, CANCELED | the pending command was completed with ABORT; the tag is over |
 
-**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** AUTO_BUF_REG is
-listed but not modelled yet. The task that a tag's commands must come from is, here, the ring that fetched it.
+**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** The flags' values.
+
+A command names its buffer by an **address**, and comes from a **task**. For a raw ring these are an address in its
+process's memory and a `process.SimTask`; for the engine's packed ring the number of a slot plus one, and the thread.
+Address 0 is none.
 """
 
 from __future__ import annotations
@@ -18,11 +21,9 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import TYPE_CHECKING, Final
 
-from ublk_trio.ring import NO_SLOT
-
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
-    from ublk_trio.kernel_sim.ring import SimQueueRing
+    from ublk_trio.kernel_sim.queue import CommandRing
 
 
 class TagFlag(IntFlag):
@@ -45,7 +46,7 @@ CANCELED: Final = int(TagFlag.CANCELED)
 class SimTag:
     """One tag of one queue."""
 
-    __slots__ = ("flags", "poisoned_bytes", "request", "ring", "slot", "tag")
+    __slots__ = ("address", "flags", "poisoned_bytes", "request", "ring", "sectors_copied", "tag", "task")
 
     def __init__(self, tag: int) -> None:
         self.tag = tag
@@ -54,11 +55,16 @@ class SimTag:
     def reset(self) -> None:
         """Forget everything: a new server may fetch it."""
         self.flags = 0
-        self.slot = NO_SLOT
+        self.address = 0
         self.request: Request | None = None
-        self.ring: SimQueueRing | None = None
+        #: How much of a WRITE's data fitted, when that was not all; else -1.
+        self.sectors_copied = -1
+        #: Where the pending command came from, and will be completed.
+        self.ring: CommandRing | None = None
+        #: The daemon: who fetched it.
+        self.task: object = None
         #: How much of the buffer is poison, or -1 when it is the server's to use.
         self.poisoned_bytes = -1
 
     def __repr__(self) -> str:
-        return f"<tag {self.tag} {TagFlag(self.flags)!r} slot {self.slot} {self.request}>"
+        return f"<tag {self.tag} {TagFlag(self.flags)!r} address {self.address:#x} {self.request}>"

@@ -8,12 +8,8 @@ those that wait gets it is one of the free decisions.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
 
 import attrs
-
-if TYPE_CHECKING:
-    from ublk_trio.kernel_sim.ring import SimControlRing
 
 
 @attrs.frozen
@@ -34,9 +30,7 @@ class Held:
 
     __slots__ = ("name", "on_done", "ring", "steps", "wait")
 
-    def __init__(
-        self, name: str, steps: Steps, wait: Wait, ring: SimControlRing | None, on_done: Callable[[int], None]
-    ) -> None:
+    def __init__(self, name: str, steps: Steps, wait: Wait, ring: object, on_done: Callable[[int], None]) -> None:
         self.name = name
         self.steps = steps
         self.wait = wait

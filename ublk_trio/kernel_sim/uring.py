@@ -1,0 +1,418 @@
+"""A raw io_uring: whatever any program may send to the driver, valid or not.
+
+**Supported.** NOP, URING_CMD to ``/dev/ublk-control`` and ``/dev/ublkcN``, ASYNC_CANCEL; a submission queue that takes
+no more than it holds, and stops behind an entry that cannot be; a completion queue that overflows: what does not fit is
+kept, in order, and comes with a later reap. The thread that opened a ring is the only one that may use it.
+**Rejected.** KernelError EEXIST: another thread's submit. As completions: EBADF without a file, EOPNOTSUPP for a file
+that takes no commands, EINVAL for a multishot command without a group of buffers and the reverse.
+**Differs from Linux.** A completion that the kernel makes for a task (*task work*) becomes visible at that task's next
+submit or reap, where Linux may interrupt the task. No linked, drained or fixed-file entries, no other operations.
+
+Where a kernel is free, Choices decides, by these names: ``submit-eagain``, ``submit-short``, ``task-work-next``,
+``task-work-later``, ``reap-left-behind``, ``cancel-late``, ``wait-interrupted``, ``spurious-wake-up``.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import deque
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import TYPE_CHECKING, Final
+
+import attrs
+import trio
+
+from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim.control import Call, execute
+from ublk_trio.kernel_sim.process import CharFile, ControlFile, SimFile
+from ublk_trio.kernel_sim.queue import BAD_OPCODE, UNKNOWN_COMMAND
+from ublk_trio.uapi import ControlCmd, ControlCommand, IoCmd, control_opcode, split_opcode
+
+if TYPE_CHECKING:
+    from ublk_trio.kernel_sim.process import SimTask
+    from ublk_trio.kernel_sim.queue import SimQueue
+
+_IOCTL_TYPE: Final = ord("u")
+_GET_FEATURES: Final = control_opcode(ControlCommand.GET_FEATURES, ioctl_encoded=True)
+#: ``IORING_CQE_F_BUFFER`` and ``IORING_CQE_F_MORE``; a buffer's id stands above.
+CQE_BUFFER: Final = 1
+CQE_MORE: Final = 2
+CQE_BUFFER_SHIFT: Final = 16
+
+
+class UringOp(IntEnum):
+    """``IORING_OP_*``, as far as they are here."""
+
+    NOP = 0
+    READ_FIXED = 4
+    WRITE_FIXED = 5
+    ASYNC_CANCEL = 14
+    URING_CMD = 46
+
+
+@attrs.frozen(kw_only=True)
+class Sqe:
+    """A submission queue entry. ``payload`` is the command area: it is padded with zeros, or cut."""
+
+    opcode: UringOp
+    user_data: int = 0
+    file: SimFile | None = None
+    cmd_op: int = 0
+    payload: bytes = b""
+    addr: int = 0
+    length: int = 0
+    offset: int = 0
+    #: The registered buffer, or with ``buffer_select`` the group of provided buffers.
+    buf_index: int = 0
+    buffer_select: bool = False
+    multishot: bool = False
+    cancel_user_data: int = 0
+    #: ``IOSQE_ASYNC``: not at once, but from the next call on.
+    force_async: bool = False
+
+
+@attrs.frozen
+class Cqe:
+    """A completion. ``flags``: `CQE_MORE`, and `CQE_BUFFER` with the buffer's id from bit 16."""
+
+    user_data: int
+    result: int
+    flags: int = 0
+
+
+class QueueCommands:
+    """The per-tag commands of one queue that came from one ring. Implements `queue.CommandRing`."""
+
+    paranoid = False
+    buffers: Sequence[memoryview] = ()
+
+    def __init__(self, ring: SimUring, file: CharFile, queue: SimQueue) -> None:
+        self.ring = ring
+        self.task: object = ring.task
+        self.queue = queue
+        self.kernel_holds: dict[int, int] = {}
+        #: The user data of each tag's pending command.
+        self.pending: dict[int, int] = {}
+        self._file = file
+        self._memory = ring.task.process.memory
+
+    def send(self, command: int, user_data: int, io: IoCmd) -> int | None:
+        """Carry out a command: its result, or None when it is pending."""
+        before = self.pending.get(io.tag)
+        # First, because a command may end before the driver is through with it.
+        self.pending[io.tag] = user_data
+        self._file.get()
+        result = self.queue.command(self, command, io.tag, io.result, io.addr)
+        if not result:
+            return None
+        if before is None:
+            del self.pending[io.tag]
+        else:
+            self.pending[io.tag] = before
+        self._file.put()
+        return result
+
+    def post(self, tag: int) -> None:
+        self.ring.add_work(lambda: self._deliver(tag))
+
+    def post_later(self, tag: int) -> None:
+        self.ring.add_work(lambda: self._deliver(tag), later=True)
+
+    def _deliver(self, number: int) -> None:
+        tag = self.queue.tags[number]
+        if self.queue.daemon not in (None, self.task):
+            # Delivery happens in the task that sent the command, and that is not the daemon.
+            self.queue.abort(tag)
+            return
+        tag.sectors_copied = -1
+        result = self.queue.deliver(self, number)
+        if result is not None:
+            self.queue.descriptors[number] = self.queue.descriptor(tag)
+            self.post_result(number, result)
+
+    def post_result(self, tag: int, result: int) -> None:
+        self.ring.post_cqe(self.pending.pop(tag), result)
+        # Later: whoever is at work on the device must not find it released meanwhile.
+        self.ring.kernel.drop(self._file.put)
+
+    def copy_to(self, address: int, data: memoryview) -> int:
+        target = self._memory.available(address, len(data))
+        target[:] = data[: len(target)]
+        return len(target)
+
+    def copy_from(self, address: int, data: memoryview) -> int:
+        source = self._memory.available(address, len(data))
+        data[: len(source)] = source
+        return len(source)
+
+    def close(self) -> None:
+        """The ring ends: what is pending is cancelled."""
+        if not self.pending:
+            return
+        self.queue.device.cancel_ring(self)
+        for _ in self.pending:
+            self.ring.kernel.drop(self._file.put)
+        self.pending.clear()
+
+
+class _ControlCommand:
+    """A control command under way."""
+
+    def __init__(self, ring: SimUring, user_data: int, name: str, dev_id: int) -> None:
+        self._ring = ring
+        self.user_data = user_data
+        self._name = name
+        self._dev_id = dev_id
+
+    def done(self, result: int) -> None:
+        ring = self._ring
+        if ring.kernel.log is not None:
+            ring.kernel.log.append(("control", self._name, self._dev_id, result))
+        ring.control_commands.remove(self)
+        ring.post_cqe(self.user_data, result)
+
+
+class SimUring:
+    """One io_uring of ``task``, who alone may submit. Everything that can happen has happened when a call returns.
+
+    ``sq_entries`` and ``cq_entries`` (default: twice that) are rounded up to powers of two. ``sqe128`` is needed for control
+    commands.
+    """
+
+    def __init__(
+        self, task: SimTask, *, sq_entries: int = 64, cq_entries: int | None = None, sqe128: bool = True
+    ) -> None:
+        assert sq_entries > 0
+        self.task = task
+        self.kernel = task.process.kernel
+        self.sq_entries = 1 << (sq_entries - 1).bit_length()
+        self.cq_entries = 1 << ((cq_entries or 2 * self.sq_entries) - 1).bit_length()
+        #: How many completions did not fit so far. None was lost.
+        self.overflow = 0
+        self.closed = False
+        self.control_commands: list[_ControlCommand] = []
+        self._sqe_command_bytes = 80 if sqe128 else 16
+        self._sqe128 = sqe128
+        self._completions: deque[Cqe] = deque()
+        self._overflowed: deque[Cqe] = deque()
+        self._work: list[Callable[[], None]] = []
+        self._later: list[Callable[[], None]] = []
+        self._queues: dict[tuple[CharFile, int], QueueCommands] = {}
+        self._lot = trio.lowlevel.ParkingLot()
+        self._came_back_empty = False
+        self._woke_for_nothing = False
+        task.process.rings.append(self)
+
+    def __str__(self) -> str:
+        return f"raw ring of {self.task!r}"
+
+    # ------------------------------------------------------------------ submission
+
+    def submit(self, sqes: Sequence[Sqe], *, task: SimTask | None = None) -> int:
+        """io_uring_enter(2): how many entries were taken, in order.
+
+        Fewer than given when the queue is too small, or behind an entry that cannot be. Raises `KernelError`: EEXIST when
+        another task than the ring's calls, EAGAIN when the kernel had no memory for a single one (Choices), and
+        `trio.ClosedResourceError`.
+        """
+        self._check_open()
+        if task is not None and task is not self.task:
+            raise self._error(errno.EEXIST)
+        choices = self.kernel.choices
+        count = min(len(sqes), self.sq_entries)
+        if count and not choices.calm:
+            if choices.choose("submit-eagain", 2):
+                raise self._error(errno.EAGAIN)
+            count -= choices.choose("submit-short", count)
+        taken = 0
+        for sqe in sqes[:count]:
+            taken += 1
+            if not self._issue(sqe):
+                break
+        self._run_work()
+        self.kernel.changed()
+        return taken
+
+    def _issue(self, sqe: Sqe) -> bool:
+        """Start one entry; False when it cannot be, and those behind it stay where they are."""
+        if self.kernel.log is not None:
+            self.kernel.log.append(("sqe", sqe.opcode.name, sqe.user_data, sqe.cmd_op & 0xFF))
+        if sqe.opcode is UringOp.URING_CMD and sqe.multishot != sqe.buffer_select:
+            self.post_cqe(sqe.user_data, -errno.EINVAL)
+            return False
+        result = self._start(sqe)
+        if result is not None:
+            self.post_cqe(sqe.user_data, result)
+        return True
+
+    def _start(self, sqe: Sqe) -> int | None:
+        """The result, or None when that comes later."""
+        if sqe.opcode is UringOp.NOP:
+            return 0
+        if sqe.opcode is UringOp.ASYNC_CANCEL:
+            return self._cancel(sqe)
+        if sqe.file is None:
+            return -errno.EBADF
+        assert not sqe.file.closed, "a closed file's number means nothing, or another file"
+        if isinstance(sqe.file, ControlFile):
+            return self._control(sqe)
+        if isinstance(sqe.file, CharFile):
+            return self._per_tag(sqe, sqe.file)
+        return -errno.EOPNOTSUPP
+
+    def _cancel(self, sqe: Sqe) -> int:
+        """Only what waits in a worker, that is a control command, can be found; commands to the char device cannot."""
+        found = next((command for command in self.control_commands if command.user_data == sqe.cancel_user_data), None)
+        if found is None:
+            return -errno.ENOENT
+        interrupt: Callable[[], None] = lambda: self.kernel.interrupt(self, on_done=found.done)  # noqa: E731
+        if self.kernel.choices.choose("cancel-late", 2):
+            self._later.append(interrupt)
+        else:
+            self._work.append(interrupt)
+        return -errno.EALREADY
+
+    def _command_area(self, sqe: Sqe, size: int) -> bytes:
+        return sqe.payload[: self._sqe_command_bytes].ljust(size, b"\0")[:size]
+
+    def _control(self, sqe: Sqe) -> int | None:
+        if not self._sqe128:
+            return -errno.EINVAL
+        header = ControlCmd.unpack(self._command_area(sqe, ControlCmd.LAYOUT.size))
+        kind, number = split_opcode(sqe.cmd_op)
+        process = self.task.process
+        call = Call(
+            command=number,
+            dev_id=header.dev_id,
+            queue_id=header.queue_id,
+            data=header.data,
+            length=header.len,
+            dev_path_length=header.dev_path_len,
+            memory=process.memory,
+            address=header.addr,
+            caller=process,
+            opcode_type=kind,
+            exact_opcode=sqe.cmd_op == _GET_FEATURES,
+        )
+        known = call.command in ControlCommand._value2member_map_
+        name = ControlCommand(call.command).name if known else f"command {call.command:#x}"
+        command = _ControlCommand(self, sqe.user_data, name, header.dev_id)
+        self.control_commands.append(command)
+        self.kernel.run(
+            f"{name} of device {header.dev_id}",
+            execute(self.kernel, call),
+            ring=self,
+            on_done=command.done,
+        )
+        return None
+
+    def _per_tag(self, sqe: Sqe, file: CharFile) -> int | None:
+        kernel = self.kernel
+        kind, command = split_opcode(sqe.cmd_op)
+        if kind == _IOCTL_TYPE and kernel.version < (6, 4):
+            command = UNKNOWN_COMMAND
+        elif kind not in (0, _IOCTL_TYPE) or (not kind and not kernel.legacy_opcodes):
+            if kernel.version >= (6, 17):
+                return -errno.EOPNOTSUPP
+            command = BAD_OPCODE
+        io = IoCmd.unpack(self._command_area(sqe, IoCmd.LAYOUT.size))
+        device = file.device
+        if io.q_id >= len(device.queues):
+            return -errno.EINVAL
+        commands = self._queues.get((file, io.q_id))
+        if commands is None:
+            commands = self._queues[file, io.q_id] = QueueCommands(self, file, device.queues[io.q_id])
+        if kernel.log is not None:
+            kernel.log.append(("command", device.dev_id, io.q_id, io.tag, command, io.result))
+        return commands.send(command, sqe.user_data, io)
+
+    # ------------------------------------------------------------------ completion
+
+    def add_work(self, work: Callable[[], None], *, later: bool = False) -> None:
+        """The task has something to do when it next enters the kernel; ``later``: the time after that."""
+        (self._later if later else self._work).append(work)
+        self._lot.unpark_all()
+
+    def _run_work(self, *, all_of_it: bool = False) -> None:
+        self._later, later = [], self._later
+        self._work += later
+        choices = self.kernel.choices
+        while self._work:
+            if choices.calm:
+                self._work.pop(0)()
+                continue
+            if not all_of_it and choices.choose("task-work-later", 2):
+                return
+            self._work.pop(choices.choose("task-work-next", len(self._work)))()
+
+    def post_cqe(self, user_data: int, result: int, flags: int = 0) -> None:
+        """A completion: into the queue, or behind it when that is full or others wait already."""
+        if self.closed:
+            return
+        cqe = Cqe(user_data, result, flags)
+        if self._overflowed or len(self._completions) >= self.cq_entries:
+            self.overflow += 1
+            self._overflowed.append(cqe)
+        else:
+            self._completions.append(cqe)
+        self._lot.unpark_all()
+
+    def reap(self, most: int | None = None) -> list[Cqe]:
+        """The completions that are there, ``most`` at most. Those that overflowed come with the next call."""
+        self._check_open()
+        self._run_work(all_of_it=self._came_back_empty)
+        self.kernel.changed()
+        completions = self._completions
+        count = len(completions) if most is None else min(most, len(completions))
+        if count and not self.kernel.choices.calm:
+            least = 1 if self._came_back_empty else 0
+            count -= self.kernel.choices.choose("reap-left-behind", count - least + 1)
+        self._came_back_empty = not count
+        found = [completions.popleft() for _ in range(count)]
+        while self._overflowed and len(completions) < self.cq_entries:
+            completions.append(self._overflowed.popleft())
+        if self.kernel.log is not None:
+            self.kernel.log += [("cqe", cqe.user_data, cqe.result, cqe.flags) for cqe in found]
+        return found
+
+    async def wait(self) -> None:
+        """Return when a reap may find something; it may return early. A checkpoint.
+
+        Raises `KernelError` EINTR when a signal came (Choices), `trio.ClosedResourceError` when the ring is closed.
+        """
+        self._check_open()
+        choices = self.kernel.choices
+        self._woke_for_nothing = (
+            not choices.calm and not self._woke_for_nothing and bool(choices.choose("spurious-wake-up", 2))
+        )
+        if self._completions or self._work or self._later or self._woke_for_nothing:
+            await trio.lowlevel.checkpoint()
+        else:
+            await self._lot.park()
+        self._check_open()
+        if choices.choose("wait-interrupted", 2):
+            raise self._error(errno.EINTR)
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise trio.ClosedResourceError("the ring is closed")
+
+    def _error(self, number: int) -> KernelError:
+        return KernelError(number, f"cannot enter the ring: {errno_text(number)}")
+
+    # ------------------------------------------------------------------ its end
+
+    def close(self) -> None:
+        """Exit the ring: whatever is pending is cancelled, and its completions are lost. Repeatable."""
+        if self.closed:
+            return
+        self.closed = True
+        self.task.process.rings.remove(self)
+        self._lot.unpark_all()
+        self._work.clear()
+        self._later.clear()
+        for commands in self._queues.values():
+            commands.close()
+        self.kernel.interrupt(self)
+        self.kernel.changed()
