@@ -196,18 +196,13 @@ class KernelVersion:
     release_ends_server = _since(
         6,
         15,
-        "The last close of the char device is the server's end: what it held is dealt with then. Before, that happened when an "
-        "idle command of the same queue was cancelled; with none, only a request's 30 s timeout finds out, if the process died.",
+        "The last close of the char device is the server's end: what it held is dealt with then, and a next server gets new "
+        "requests as soon as a queue's tags are fetched. Before, it happened when an idle command of the same queue was "
+        "cancelled; with none, only a request's 30 s timeout finds out, if the process died; and nothing is delivered before "
+        "END_USER_RECOVERY, which needs a START_USER_RECOVERY to forget the old server.",
     )
     closed_device_is_reset = _since(
         7, 0, "The last close resets a device without a disk, too, so that a new server can fetch its tags."
-    )
-    recovers_fail_io = _since(6, 13, "A device may fail requests while it has no server.")
-    quiesced_queue_holds = _before(
-        6,
-        15,
-        "Nothing is delivered between the server's end and END_USER_RECOVERY. Since then a queue whose tags are fetched gets "
-        "new requests at once.",
     )
     short_write_is_whole = _since(
         7, 2, 'A commit of fewer bytes ends a WRITE whole and "OK"; up to 7.1 the rest was delivered again.'
