@@ -186,6 +186,7 @@ class SimDevice:
 
     def _release(self) -> Steps:
         """The work after the last close."""
+        yield Wait("references to requests' data", lambda: not any(tag.uses for q in self.queues for tag in q.tags))
         for queue in self.queues:
             queue.canceling = True
         # Without the mutex: whoever holds it may wait for just these requests.

@@ -18,6 +18,7 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim.user_copy import UserCopy
 from ublk_trio.uapi import CONTROL_PATH, IO_DESC_SIZE, Feature, descriptors_length, descriptors_offset
 
 if TYPE_CHECKING:
@@ -235,6 +236,22 @@ class CharFile(SimFile):
         if mapped != descriptors_length(info.queue_depth, io_desc_size=size, page_size=page_size):
             raise self._mmap_error(errno.EINVAL)
         return SimMapping(process, self, queue_id, size)
+
+    def start_pread(self, offset: int, *, task: SimTask | None = None) -> UserCopy:
+        """Begin a pread that takes a while: `UserCopy.read` ends it. Raises `KernelError`."""
+        return UserCopy(self.device, task if task is not None else self.process.main_task, offset, write=False)
+
+    def start_pwrite(self, offset: int, *, task: SimTask | None = None) -> UserCopy:
+        """Begin a pwrite that takes a while: `UserCopy.write` ends it. Raises `KernelError`."""
+        return UserCopy(self.device, task if task is not None else self.process.main_task, offset, write=True)
+
+    def pread(self, length: int, offset: int, *, task: SimTask | None = None) -> bytes:
+        """User copy, of a WRITE's data. ``offset`` as `uapi.user_copy_offset` has it. Raises `KernelError`."""
+        return self.start_pread(offset, task=task).read(length)
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, task: SimTask | None = None) -> int:
+        """User copy, into a READ's data. Raises `KernelError`."""
+        return self.start_pwrite(offset, task=task).write(data)
 
     def _mmap_error(self, number: int) -> KernelError:
         path = self.process.kernel.char_path(self.device.dev_id)

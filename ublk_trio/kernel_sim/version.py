@@ -18,6 +18,10 @@ from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 MODELLED = (
     Feature.URING_CMD_COMP_IN_TASK
     | Feature.NEED_GET_DATA
+    | Feature.SUPPORT_ZERO_COPY
+    | Feature.USER_COPY
+    | Feature.AUTO_BUF_REG
+    | Feature.INTEGRITY
     | Feature.CMD_IOCTL_ENCODE
     | Feature.UPDATE_SIZE
     | Feature.PER_IO_DAEMON
