@@ -201,8 +201,8 @@ class RawServer:
         return view
 
 
-def raw_kernel(version: tuple[int, int] = (7, 3), **options: bool) -> SimKernel:
-    return SimKernel(version=version, partition_scan=False, **options)
+def raw_kernel(version: tuple[int, int] = (7, 3)) -> SimKernel:
+    return SimKernel(version=version, partition_scan=False)
 
 
 def raw_server(

@@ -267,6 +267,7 @@ def test_mapping_rules() -> None:
 def test_choices_shake_a_ring_without_losing_anything() -> None:
     """Short submits, EAGAIN, completions left behind: everything comes in the end, once and in order."""
     seen: set[str] = set()
+    errnos: set[int | None] = set()
     for seed in range(20):
         kernel = SimKernel(SeededChoices(seed), partition_scan=False)
         ring = SimUring(kernel.process().main_task, sq_entries=4, cq_entries=4)
@@ -276,10 +277,11 @@ def test_choices_shake_a_ring_without_losing_anything() -> None:
             try:
                 del todo[: ring.submit([nop(i) for i in todo])]
             except KernelError as error:
-                assert error.errno == errno.EAGAIN
+                errnos.add(error.errno)
             reaped += [cqe.user_data for cqe in ring.reap()]
         assert reaped == list(range(40))
         seen |= {choice.what for choice in kernel.choices.trace if choice.chosen}
+    assert errnos == {errno.EAGAIN}
     assert seen == {"submit-eagain", "submit-short", "reap-left-behind"}
 
 
@@ -298,7 +300,7 @@ async def test_waiting() -> None:
         try:
             await ring.wait()
         except KernelError as error:
-            endings.append(errno.errorcode[error.errno])
+            endings.append(errno.errorcode[error.errno or 0])
         else:
             endings.append("for nothing")
 
@@ -309,9 +311,12 @@ async def test_waiting() -> None:
             nursery.cancel_scope.cancel()
     assert set(endings) == {"EINTR", "for nothing"}
     assert len(endings) < 20
-    with pytest.raises(ExceptionGroup) as caught:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(server.ring.wait)
-            await wait_all_tasks_blocked()
-            server.ring.close()
-    assert caught.group_contains(trio.ClosedResourceError)
+    async with trio.open_nursery() as nursery:
+
+        async def wait_for_the_end() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await server.ring.wait()
+
+        nursery.start_soon(wait_for_the_end)
+        await wait_all_tasks_blocked()
+        server.ring.close()

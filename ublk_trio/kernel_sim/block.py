@@ -47,7 +47,7 @@ _EMPTY: Final = memoryview(b"")
 class Request:
     """A part of a `Bio` that fits into one ublk request."""
 
-    __slots__ = ("bio", "length", "nr_sectors", "op", "op_flags", "start_sector", "view")
+    __slots__ = ("bio", "length", "metadata", "nr_sectors", "op", "op_flags", "start_sector", "view")
 
     def __init__(self, bio: Bio, op_flags: int, start_sector: int, length: int, view: memoryview) -> None:
         self.bio = bio
@@ -57,6 +57,8 @@ class Request:
         self.nr_sectors = length >> SECTOR_SHIFT
         self.length = length
         self.view = view
+        #: Integrity data.
+        self.metadata: memoryview | None = None
 
     def advance(self, moved_bytes: int) -> int | None:
         """So many bytes are done: 0 when that was all, None when a rest remains to be delivered."""

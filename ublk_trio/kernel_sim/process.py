@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Final
 
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.char_device import check_mmap
+from ublk_trio.kernel_sim.user_copy import UserCopy
 from ublk_trio.uapi import CONTROL_PATH
 
 if TYPE_CHECKING:
@@ -209,6 +210,22 @@ class CharFile(SimFile):
         if queue_id < 0:
             raise self._mmap_error(-queue_id)
         return SimMapping(process, self, queue_id, self.device.descriptor_bytes)
+
+    def start_pread(self, offset: int, *, task: SimTask | None = None) -> UserCopy:
+        """Begin a pread that takes a while: `UserCopy.read` ends it. Raises `KernelError`."""
+        return UserCopy(self.device, task if task is not None else self.process.main_task, offset, write=False)
+
+    def start_pwrite(self, offset: int, *, task: SimTask | None = None) -> UserCopy:
+        """Begin a pwrite that takes a while: `UserCopy.write` ends it. Raises `KernelError`."""
+        return UserCopy(self.device, task if task is not None else self.process.main_task, offset, write=True)
+
+    def pread(self, length: int, offset: int, *, task: SimTask | None = None) -> bytes:
+        """User copy, of a WRITE's data. ``offset`` as `uapi.user_copy_offset` has it. Raises `KernelError`."""
+        return self.start_pread(offset, task=task).read(length)
+
+    def pwrite(self, data: bytes | bytearray | memoryview, offset: int, *, task: SimTask | None = None) -> int:
+        """User copy, into a READ's data. Raises `KernelError`."""
+        return self.start_pwrite(offset, task=task).write(data)
 
     def _mmap_error(self, number: int) -> KernelError:
         path = self.process.kernel.char_path(self.device.dev_id)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ublk_trio.kernel_sim import checks
 from ublk_trio.kernel_sim.linux_errno import through_block_status
-from ublk_trio.kernel_sim.tag import ACTIVE, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
-from ublk_trio.uapi import IO_RES_ABORT, SECTOR_SHIFT, Feature, IoCommand, IoDesc, IoOp
+from ublk_trio.kernel_sim.registered import RequestBuffer
+from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
+from ublk_trio.uapi import IO_RES_ABORT, SECTOR_SHIFT, AutoBufRegFlag, Feature, IoCommand, IoDesc, IoFlag, IoOp
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
@@ -29,10 +30,19 @@ if TYPE_CHECKING:
 _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
 _ZONE_APPEND = int(IoOp.ZONE_APPEND)
+_INTEGRITY = int(IoFlag.INTEGRITY)
+_NEED_REG_BUF = int(IoFlag.NEED_REG_BUF)
+_AUTO_FALLBACK = int(AutoBufRegFlag.FALLBACK)
 _FETCH_REQ = int(IoCommand.FETCH_REQ)
 _COMMIT_AND_FETCH_REQ = int(IoCommand.COMMIT_AND_FETCH_REQ)
 _NEED_GET_DATA = int(IoCommand.NEED_GET_DATA)
+_REGISTER_IO_BUF = int(IoCommand.REGISTER_IO_BUF)
 _UNREGISTER_IO_BUF = int(IoCommand.UNREGISTER_IO_BUF)
+#: The operations that carry data: the server fills it, or reads it.
+FILLED_BY_SERVER: Final = frozenset({int(IoOp.READ), int(IoOp.REPORT_ZONES)})
+READ_BY_SERVER: Final = frozenset({int(IoOp.WRITE), int(IoOp.ZONE_APPEND)})
+#: What `SimQueue.command` returns for a command that ended at once, with 0.
+ENDED: Final = 1
 
 
 #: In place of a command's number: one that no driver knows, and one that is refused for its encoding.
@@ -65,6 +75,15 @@ class CommandRing(Protocol):
     def copy_from(self, address: int, data: memoryview) -> int:
         """The same in the other direction."""
 
+    def register_buffer(self, index: int, buffer: RequestBuffer) -> int:
+        """Put it into the ring's table of buffers: 0 or a negative errno."""
+
+    def unregister_buffer(self, index: int) -> int:
+        """Take one out: 0 or a negative errno."""
+
+    def is_same_ring(self, other: CommandRing) -> bool:
+        """Whether both are the same io_uring."""
+
 
 class SimQueue:
     """One of a device's queues, kernel side."""
@@ -76,7 +95,10 @@ class SimQueue:
         self.tags = [SimTag(tag) for tag in range(depth)]
         self.need_get_data = bool(device.info.flags & Feature.NEED_GET_DATA)
         #: The driver copies data between requests and the server's buffers.
-        self.copies = not device.info.flags & (Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG)
+        flags = device.info.flags
+        self.copies = not flags & (Feature.USER_COPY | Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG)
+        self.zero_copy = bool(flags & Feature.SUPPORT_ZERO_COPY)
+        self.auto_buf_reg = bool(flags & Feature.AUTO_BUF_REG)
         version = device.kernel.version
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
@@ -135,30 +157,47 @@ class SimQueue:
         while self.waiting and self._free:
             self._dispatch(self.waiting.popleft())
 
+    def _requeue(self, tag: SimTag) -> None:
+        """The rest of the tag's request is delivered again, before all others."""
+        assert tag.request is not None
+        self.waiting.appendleft(tag.request)
+        self._release(tag)
+
     # ------------------------------------------------------------------ per-tag commands
 
-    def command(self, ring: CommandRing, command: int, tag_number: int, result: int, address: int) -> int:
-        """Check and carry out one command; 0 when it is pending now, else the negative errno that it completes with."""
+    def command(
+        self, ring: CommandRing, command: int, tag_number: int, result: int, address: int, auto_buffer: int = 0
+    ) -> int:
+        """Check and carry out one command; 0 when it is pending now, `ENDED`, else the negative errno that it ends with.
+
+        ``address`` is the index for REGISTER_IO_BUF and UNREGISTER_IO_BUF; ``auto_buffer`` the entry's own address word.
+        """
         if self._checks_as_until_6_16:
-            return self._command_until_6_16(ring, command, tag_number, result, address)
-        if command == _UNREGISTER_IO_BUF or tag_number >= self.depth:
+            return self._command_until_6_16(ring, command, tag_number, result, address, auto_buffer)
+        if command == _UNREGISTER_IO_BUF:
+            return self._unregister(ring, address)
+        if tag_number >= self.depth:
             return -errno.EINVAL
         tag = self.tags[tag_number]
         if command == _FETCH_REQ:
-            return self._address_refused(address) or self._fetch(ring, tag, address)
+            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
         if tag.task != ring.task:
-            return -errno.EINVAL
+            return self._register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EBUSY
         if bool(tag.flags & NEED_GET_DATA) != (command == _NEED_GET_DATA):
             return -errno.EINVAL
         if command == _COMMIT_AND_FETCH_REQ:
-            return self._commit(ring, tag, result, address)
+            return self._commit(ring, tag, result, address, auto_buffer)
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
+        if command == _REGISTER_IO_BUF:
+            return self._register(ring, tag, address)
         return -errno.EINVAL
 
-    def _command_until_6_16(self, ring: CommandRing, command: int, tag_number: int, result: int, address: int) -> int:
+    def _command_until_6_16(
+        self, ring: CommandRing, command: int, tag_number: int, result: int, address: int, auto_buffer: int
+    ) -> int:
         """Another order of checks: what is pending comes first, whatever the command."""
         if self.daemon is not None and self.daemon != ring.task:
             return -errno.EINVAL
@@ -176,21 +215,29 @@ class SimQueue:
         if command == _FETCH_REQ:
             if self.ready:
                 return -errno.EBUSY
-            return self._address_refused(address) or self._fetch(ring, tag, address)
+            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EINVAL
         if command == _COMMIT_AND_FETCH_REQ:
-            return self._commit(ring, tag, result, address)
+            return self._commit(ring, tag, result, address, auto_buffer)
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
+        if command == _REGISTER_IO_BUF:
+            return self._register(ring, tag, address)
+        if command == _UNREGISTER_IO_BUF:
+            return self._unregister(ring, address)
         return -errno.EINVAL
 
-    def _address_refused(self, address: int) -> int:
-        """FETCH_REQ's address rule: a negative errno, or 0."""
+    def _address_refused(self, address: int, auto_buffer: int) -> int:
+        """FETCH_REQ's address rules: a negative errno, or 0."""
         refused = not address and not self.need_get_data if self.copies else address
-        return -errno.EINVAL if refused else 0
+        return -errno.EINVAL if refused or self._auto_buffer_refused(auto_buffer) else 0
 
-    def _fetch(self, ring: CommandRing, tag: SimTag, address: int) -> int:
+    def _auto_buffer_refused(self, auto_buffer: int) -> bool:
+        """Whether the word has bits that mean nothing: all above the index but FALLBACK."""
+        return self.auto_buf_reg and bool(auto_buffer >> 16 & ~_AUTO_FALLBACK)
+
+    def _fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
         device = self.device
         if device.stopping:
             return -errno.ENODEV
@@ -202,6 +249,7 @@ class SimQueue:
         tag.ring = ring
         tag.task = ring.task
         tag.address = address
+        tag.auto_buffer = auto_buffer
         if ring.paranoid and not self.need_get_data:
             self._take_buffer(ring, tag, 0)
         self.fetched += 1
@@ -211,30 +259,54 @@ class SimQueue:
             device.queue_became_ready(self)
         return 0
 
-    def _commit(self, ring: CommandRing, tag: SimTag, result: int, address: int) -> int:
+    def _commit(self, ring: CommandRing, tag: SimTag, result: int, address: int, auto_buffer: int) -> int:
         request = tag.request
         assert request is not None
         if self.copies:
             if not address and (not self.need_get_data or request.op == _READ):
                 return -errno.EINVAL
-        elif address and request.op != _ZONE_APPEND:
+        elif (address and request.op != _ZONE_APPEND) or self._auto_buffer_refused(auto_buffer):
             return -errno.EINVAL
+        self.accept_commit(ring, tag, request, result, address, auto_buffer)
+        return 0
+
+    def accept_commit(
+        self, ring: CommandRing, tag: SimTag, request: Request, result: int, address: int, auto_buffer: int
+    ) -> None:
+        """The commit was checked: the tag is the driver's again, and the request ends, or its rest comes once more."""
+        registered = tag.flags & AUTO_BUF_REG
         tag.flags = ACTIVE
+        # First: a READ's data comes from this address.
         tag.ring = ring
-        # First: a READ's data comes from here.
         tag.address = address
+        if not self.copies:
+            before, tag.auto_buffer = tag.auto_buffer, auto_buffer
+            if registered:
+                assert tag.auto_ring is not None
+                if ring.is_same_ring(tag.auto_ring):
+                    ring.unregister_buffer(before & 0xFFFF)
+            if request.op == _ZONE_APPEND:
+                request.start_sector = address
+            if tag.uses:
+                tag.committed = True
+                tag.result = result
+                return
         if ring.paranoid:
             self._check_commit(tag, request, result)
+        self._end_request(ring, tag, request, result)
+
+    def _end_request(self, ring: CommandRing, tag: SimTag, request: Request, result: int) -> None:
+        """Nothing uses the request's data any more: make of the result what the application sees."""
         moved = 0
         end: int | None
         if result < 0:
             end = through_block_status(result)
         elif request.op == _READ and not result:
             end = errno.EIO
-        elif request.op == _READ and self.copies:
-            moved = ring.copy_from(address, request.view[: min(result, request.length)])
+        elif self.copies and request.op == _READ:
+            moved = ring.copy_from(tag.address, request.view[: min(result, request.length)])
             end = request.advance(moved) if moved else errno.EIO
-        elif request.op in (_READ, _WRITE) and not self.short_is_whole:
+        elif not self.short_is_whole and (request.op == _READ or request.op == _WRITE):
             moved = min(result, request.length)
             end = request.advance(moved)
         else:
@@ -243,12 +315,10 @@ class SimQueue:
         if ring.paranoid and not self.need_get_data:
             self._take_buffer(ring, tag, moved)
         if end is None:
-            self.waiting.appendleft(request)
-            self._release(tag)
+            self._requeue(tag)
         else:
             self._release(tag)
             request.end(end)
-        return 0
 
     def _get_data(self, ring: CommandRing, tag: SimTag, address: int) -> int:
         tag.flags = ACTIVE | NEED_GET_DATA
@@ -258,6 +328,54 @@ class SimQueue:
             self._take_buffer(ring, tag, 0)
         ring.post(tag.tag)
         return 0
+
+    # ------------------------------------------------------------------ who uses a request's data
+
+    def has_data(self, tag: SimTag) -> bool:
+        """Whether the tag's request carries data."""
+        request = tag.request
+        return request is not None and (request.op in FILLED_BY_SERVER or request.op in READ_BY_SERVER)
+
+    def hold(self, tag: SimTag) -> bool:
+        """Take a reference to the data of a delivered request; False when there is none to be had.
+
+        That is possible even after the commit, as long as there are other references.
+        """
+        if not (tag.flags & OWNED_BY_SRV or tag.uses) or not self.has_data(tag):
+            return False
+        tag.uses += 1
+        return True
+
+    def let_go(self, tag: SimTag) -> None:
+        """Give a reference back; a request that was committed ends with the last one."""
+        assert tag.uses > 0
+        tag.uses -= 1
+        if tag.committed and not tag.uses:
+            tag.committed = False
+            assert tag.request is not None
+            assert tag.ring is not None
+            self._end_request(tag.ring, tag, tag.request, tag.result)
+        self.device.kernel.changed()
+
+    def _buffer_of(self, tag: SimTag) -> RequestBuffer:
+        request = tag.request
+        assert request is not None
+        return RequestBuffer(request.view, fills=request.op in FILLED_BY_SERVER, release=lambda: self.let_go(tag))
+
+    def _register(self, ring: CommandRing, tag: SimTag, index: int) -> int:
+        """REGISTER_IO_BUF; since 6.17 from any task, even for a tag that was committed while other references remain."""
+        if not self.zero_copy or not self.hold(tag):
+            return -errno.EINVAL
+        refused = ring.register_buffer(index & 0xFFFF_FFFF, self._buffer_of(tag))
+        if refused:
+            self.let_go(tag)
+        return refused or ENDED
+
+    def _unregister(self, ring: CommandRing, index: int) -> int:
+        """UNREGISTER_IO_BUF: of whatever tag, or another device's."""
+        if not self.zero_copy:
+            return -errno.EINVAL
+        return ring.unregister_buffer(index & 0xFFFF_FFFF) or ENDED
 
     # ------------------------------------------------------------------ delivery
 
@@ -280,7 +398,25 @@ class SimQueue:
                 return None
         elif tag.poisoned_bytes >= 0:
             self._give_back_buffer(ring, tag)
+        elif self.auto_buf_reg and self.has_data(tag):
+            return self._deliver_registered(ring, tag, request)
         tag.flags = OWNED_BY_SRV
+        return 0
+
+    def _deliver_registered(self, ring: CommandRing, tag: SimTag, request: Request) -> int | None:
+        """Register the request's buffer where the command said. Failing that: FALLBACK, or the request fails."""
+        tag.delivered_flags = 0
+        if ring.register_buffer(tag.auto_buffer & 0xFFFF, self._buffer_of(tag)):
+            if not tag.auto_buffer >> 16 & _AUTO_FALLBACK:
+                self._release(tag)
+                request.end(errno.EIO)
+                return None
+            tag.delivered_flags = _NEED_REG_BUF
+            tag.flags = OWNED_BY_SRV
+        else:
+            tag.flags = OWNED_BY_SRV | AUTO_BUF_REG
+            tag.uses += 1
+            tag.auto_ring = ring
         return 0
 
     def abort(self, tag: SimTag) -> None:
@@ -307,7 +443,7 @@ class SimQueue:
         request = tag.request
         assert request is not None
         return IoDesc(
-            op_flags=request.op_flags,
+            op_flags=request.op_flags | tag.delivered_flags | (_INTEGRITY if request.metadata is not None else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
             addr=tag.address,
@@ -335,6 +471,11 @@ class SimQueue:
         return sum(tag.request is not None for tag in self.tags)
 
     @property
+    def in_use(self) -> bool:
+        """Whether somebody, besides the server's own right to it, has a request's data in hand."""
+        return any(tag.uses for tag in self.tags)
+
+    @property
     def all_owned(self) -> bool:
         """No command is pending."""
         return not any(tag.flags & ACTIVE for tag in self.tags)
@@ -354,7 +495,7 @@ class SimQueue:
                 self._give_back_buffer(ring, tag)
             if tag.flags & ACTIVE:
                 tag.flags |= CANCELED
-                if tag.request is not None:
+                if tag.request is not None and not tag.committed:
                     undelivered.append(tag)
         # Before those that wait for a tag: releasing one turns the next of them away.
         for tag in undelivered:
@@ -370,6 +511,10 @@ class SimQueue:
         for tag in self.tags:
             request = tag.request
             if request is None or not tag.flags & OWNED_BY_SRV:
+                continue
+            if tag.uses:
+                # Only before 6.15, where nobody waits for those who copy: the last of them ends the request.
+                tag.committed, tag.result = True, -errno.EIO
                 continue
             self._release(tag)
             if self.device.reissues:

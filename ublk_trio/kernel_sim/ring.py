@@ -28,6 +28,8 @@ from ublk_trio.uapi import ControlCommand, IoCommand
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
     from ublk_trio.kernel_sim.kernel import SimKernel
+    from ublk_trio.kernel_sim.queue import CommandRing
+    from ublk_trio.kernel_sim.registered import RequestBuffer
 
 _NOTHING: Final = memoryview(b"")
 _EVENT_BYTES: Final = EVENT.size
@@ -210,6 +212,16 @@ class SimQueueRing:
     def copy_from(self, address: int, data: memoryview) -> int:
         data[:] = self.buffers[address - 1][: len(data)]
         return len(data)
+
+    def register_buffer(self, index: int, buffer: RequestBuffer) -> int:
+        """The engine registers no buffers, so there is no table."""
+        return -errno.EINVAL
+
+    def unregister_buffer(self, index: int) -> int:
+        return -errno.EINVAL
+
+    def is_same_ring(self, other: CommandRing) -> bool:
+        return self is other
 
     # ------------------------------------------------------------------ ring.QueueRing
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ublk_trio.kernel_sim.waits import Steps
+from ublk_trio.kernel_sim.waits import Steps, Wait
 from ublk_trio.uapi import DeviceState, Feature
 
 if TYPE_CHECKING:
@@ -39,6 +39,11 @@ def ring_closed(device: SimDevice, ring: CommandRing) -> None:
 
 def release(device: SimDevice) -> Steps:
     """The work after the last close of the char device."""
+    if any(queue.in_use for queue in device.queues):
+        yield Wait(
+            f"references to the data of requests of device {device.dev_id}",
+            lambda: not any(queue.in_use for queue in device.queues),
+        )
     if device.disk is None:
         yield from device.mutex.lock()
         if device.kernel.version.closed_device_is_reset:

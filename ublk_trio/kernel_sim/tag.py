@@ -7,6 +7,7 @@
 | OWNED_BY_SRV | a request was delivered: the server owes a commit |
 | OWNED_BY_SRV, NEED_GET_DATA | a WRITE was announced: the server owes NEED_GET_DATA |
 | ACTIVE, NEED_GET_DATA | that came; the data is on its way |
+| OWNED_BY_SRV, AUTO_BUF_REG | delivered, with its buffer registered in the server's ring |
 | ACTIVE, CANCELED | the pending command was completed with ABORT; the tag is over |
 
 **Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** The flags' values.
@@ -40,13 +41,29 @@ class TagFlag(IntFlag):
 ACTIVE: Final = int(TagFlag.ACTIVE)
 OWNED_BY_SRV: Final = int(TagFlag.OWNED_BY_SRV)
 NEED_GET_DATA: Final = int(TagFlag.NEED_GET_DATA)
+AUTO_BUF_REG: Final = int(TagFlag.AUTO_BUF_REG)
 CANCELED: Final = int(TagFlag.CANCELED)
 
 
 class SimTag:
     """One tag of one queue."""
 
-    __slots__ = ("address", "flags", "poisoned_bytes", "request", "ring", "sectors_copied", "tag", "task")
+    __slots__ = (
+        "address",
+        "auto_buffer",
+        "auto_ring",
+        "committed",
+        "delivered_flags",
+        "flags",
+        "poisoned_bytes",
+        "request",
+        "result",
+        "ring",
+        "sectors_copied",
+        "tag",
+        "task",
+        "uses",
+    )
 
     def __init__(self, tag: int) -> None:
         self.tag = tag
@@ -61,6 +78,16 @@ class SimTag:
         self.sectors_copied = -1
         #: Where the pending command came from, and will be completed.
         self.ring: CommandRing | None = None
+        #: References to the request's data, besides the server's own until it commits.
+        self.uses = 0
+        #: A commit came, with `result`, while there were such references: the request ends with the last of them.
+        self.committed = False
+        self.result = 0
+        #: AUTO_BUF_REG: the word that the last command carried, and where the request's buffer was registered.
+        self.auto_buffer = 0
+        self.auto_ring: CommandRing | None = None
+        #: What delivery adds to the request's flags.
+        self.delivered_flags = 0
         #: The daemon: who fetched it.
         self.task: object = None
         #: How much of the buffer is poison, or -1 when it is the server's to use.

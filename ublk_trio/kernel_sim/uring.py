@@ -1,6 +1,7 @@
 """A raw io_uring: whatever any program may send to the driver, valid or not.
 
-**Supported.** NOP, URING_CMD to ``/dev/ublk-control`` and ``/dev/ublkcN``, ASYNC_CANCEL; a submission queue that takes
+**Supported.** NOP, URING_CMD to ``/dev/ublk-control`` and ``/dev/ublkcN``, ASYNC_CANCEL, READ_FIXED and WRITE_FIXED
+between registered buffers and plain files; a submission queue that takes
 no more than it holds, and stops behind an entry that cannot be; a completion queue that overflows: what does not fit is
 kept, in order, and comes with a later reap. The thread that opened a ring is the only one that may use it.
 **Rejected.** KernelError EEXIST: another thread's submit. As completions: EBADF without a file, EOPNOTSUPP for a file
@@ -25,9 +26,10 @@ import trio
 
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
-from ublk_trio.kernel_sim.process import CharFile, ControlFile, SimFile
-from ublk_trio.kernel_sim.queue import BAD_OPCODE, UNKNOWN_COMMAND
-from ublk_trio.uapi import ControlCmd, ControlCommand, IoCmd, control_opcode, split_opcode
+from ublk_trio.kernel_sim.process import ByteFile, CharFile, ControlFile, SimFile
+from ublk_trio.kernel_sim.queue import BAD_OPCODE, ENDED, UNKNOWN_COMMAND, CommandRing
+from ublk_trio.kernel_sim.registered import BufferTable, RequestBuffer
+from ublk_trio.uapi import ControlCmd, ControlCommand, IoCmd, IoCommand, control_opcode, split_opcode
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.process import SimTask
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _IOCTL_TYPE: Final = ord("u")
 _GET_FEATURES: Final = control_opcode(ControlCommand.GET_FEATURES, ioctl_encoded=True)
+_CAN_BE_PENDING: Final = frozenset({IoCommand.FETCH_REQ, IoCommand.COMMIT_AND_FETCH_REQ, IoCommand.NEED_GET_DATA})
 #: ``IORING_CQE_F_BUFFER`` and ``IORING_CQE_F_MORE``; a buffer's id stands above.
 CQE_BUFFER: Final = 1
 CQE_MORE: Final = 2
@@ -97,13 +100,17 @@ class QueueCommands:
         self._file = file
         self._memory = ring.task.process.memory
 
-    def send(self, command: int, user_data: int, io: IoCmd) -> int | None:
+    def send(self, command: int, user_data: int, io: IoCmd, auto_buffer: int) -> int | None:
         """Carry out a command: its result, or None when it is pending."""
+        queue = self.queue
+        if command not in _CAN_BE_PENDING:
+            result = queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
+            return 0 if result == ENDED else result
         before = self.pending.get(io.tag)
         # First, because a command may end before the driver is through with it.
         self.pending[io.tag] = user_data
         self._file.get()
-        result = self.queue.command(self, command, io.tag, io.result, io.addr)
+        result = queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
         if not result:
             return None
         if before is None:
@@ -126,6 +133,7 @@ class QueueCommands:
             self.queue.abort(tag)
             return
         tag.sectors_copied = -1
+        tag.delivered_flags = 0
         result = self.queue.deliver(self, number)
         if result is not None:
             self.queue.descriptors[number] = self.queue.descriptor(tag)
@@ -145,6 +153,15 @@ class QueueCommands:
         source = self._memory.available(address, len(data))
         data[: len(source)] = source
         return len(source)
+
+    def register_buffer(self, index: int, buffer: RequestBuffer) -> int:
+        return self.ring.table.register(index, buffer)
+
+    def unregister_buffer(self, index: int) -> int:
+        return self.ring.table.unregister(index)
+
+    def is_same_ring(self, other: CommandRing) -> bool:
+        return isinstance(other, QueueCommands) and other.ring is self.ring
 
     def close(self) -> None:
         """The ring ends: what is pending is cancelled."""
@@ -198,6 +215,10 @@ class SimUring:
         self._overflowed: deque[Cqe] = deque()
         self._work: list[Callable[[], None]] = []
         self._later: list[Callable[[], None]] = []
+        #: The registered buffers.
+        self.table = BufferTable(0)
+        #: What fixed reads and writes under way use.
+        self._moving: list[tuple[RequestBuffer, SimFile]] = []
         self._queues: dict[tuple[CharFile, int], QueueCommands] = {}
         self._lot = trio.lowlevel.ParkingLot()
         self._came_back_empty = False
@@ -225,6 +246,7 @@ class SimUring:
             if choices.choose("submit-eagain", 2):
                 raise self._error(errno.EAGAIN)
             count -= choices.choose("submit-short", count)
+        self._later_is_now()
         taken = 0
         for sqe in sqes[:count]:
             taken += 1
@@ -255,6 +277,8 @@ class SimUring:
         if sqe.file is None:
             return -errno.EBADF
         assert not sqe.file.closed, "a closed file's number means nothing, or another file"
+        if sqe.opcode in (UringOp.READ_FIXED, UringOp.WRITE_FIXED):
+            return self._fixed(sqe, sqe.file)
         if isinstance(sqe.file, ControlFile):
             return self._control(sqe)
         if isinstance(sqe.file, CharFile):
@@ -318,6 +342,9 @@ class SimUring:
             command = BAD_OPCODE
         io = IoCmd.unpack(self._command_area(sqe, IoCmd.LAYOUT.size))
         device = file.device
+        if command == IoCommand.UNREGISTER_IO_BUF and kernel.version >= (6, 17):
+            # It names a buffer of the ring, and no queue.
+            io = attrs.evolve(io, q_id=0, tag=0)
         if io.q_id >= len(device.queues):
             return -errno.EINVAL
         commands = self._queues.get((file, io.q_id))
@@ -325,7 +352,53 @@ class SimUring:
             commands = self._queues[file, io.q_id] = QueueCommands(self, file, device.queues[io.q_id])
         if kernel.log is not None:
             kernel.log.append(("command", device.dev_id, io.q_id, io.tag, command, io.result))
-        return commands.send(command, sqe.user_data, io)
+        return commands.send(command, sqe.user_data, io, sqe.addr)
+
+    # ------------------------------------------------------------------ registered buffers
+
+    def register_buffers(self, count: int) -> None:
+        """io_uring_register(2): a table of ``count`` empty places. Raises `KernelError` EBUSY when there is one."""
+        if len(self.table):
+            raise self._error(errno.EBUSY)
+        self.table = BufferTable(count)
+
+    def unregister_buffers(self) -> None:
+        """Give up the table and what is in it. Raises `KernelError` ENXIO when there is none."""
+        if not len(self.table):
+            raise self._error(errno.ENXIO)
+        table, self.table = self.table, BufferTable(0)
+        table.clear()
+
+    def buffer(self, index: int) -> RequestBuffer | None:
+        """What is registered at that place."""
+        return self.table.get(index)
+
+    def _fixed(self, sqe: Sqe, file: SimFile) -> int | None:
+        """A read or write with a registered buffer; ``addr`` is the offset in it."""
+        buffer = self.table.get(sqe.buf_index)
+        fill = sqe.opcode is UringOp.READ_FIXED
+        part = buffer.part(sqe.addr, sqe.length, fill=fill) if buffer is not None else None
+        if part is None or buffer is None:
+            return -errno.EFAULT
+        if isinstance(file, CharFile):
+            return -errno.EACCES  # only a program's own memory will do
+        if not isinstance(file, ByteFile):
+            return -errno.EINVAL
+        move = file.read_into if fill else file.write_from
+        if not sqe.force_async:
+            return move(part, sqe.offset)
+        buffer.get()
+        file.get()
+        self._moving.append((buffer, file))
+
+        def finish() -> None:
+            self.post_cqe(sqe.user_data, move(part, sqe.offset))
+            self._moving.remove((buffer, file))
+            buffer.put()
+            file.put()
+
+        self.add_work(finish, later=True)
+        return None
 
     # ------------------------------------------------------------------ completion
 
@@ -334,9 +407,11 @@ class SimUring:
         (self._later if later else self._work).append(work)
         self._lot.unpark_all()
 
-    def _run_work(self, *, all_of_it: bool = False) -> None:
+    def _later_is_now(self) -> None:
         self._later, later = [], self._later
         self._work += later
+
+    def _run_work(self, *, all_of_it: bool = False) -> None:
         choices = self.kernel.choices
         while self._work:
             if choices.calm:
@@ -361,6 +436,7 @@ class SimUring:
     def reap(self, most: int | None = None) -> list[Cqe]:
         """The completions that are there, ``most`` at most. Those that overflowed come with the next call."""
         self._check_open()
+        self._later_is_now()
         self._run_work(all_of_it=self._came_back_empty)
         self.kernel.changed()
         completions = self._completions
@@ -414,5 +490,9 @@ class SimUring:
         self._later.clear()
         for commands in self._queues.values():
             commands.close()
+        self.table.clear()
+        for buffer, file in self._moving:
+            buffer.put()
+            file.put()
         self.kernel.interrupt(self)
         self.kernel.changed()

@@ -24,6 +24,10 @@ Release = tuple[int, int]
 MODELLED = (
     Feature.URING_CMD_COMP_IN_TASK
     | Feature.NEED_GET_DATA
+    | Feature.SUPPORT_ZERO_COPY
+    | Feature.USER_COPY
+    | Feature.AUTO_BUF_REG
+    | Feature.INTEGRITY
     | Feature.USER_RECOVERY
     | Feature.USER_RECOVERY_REISSUE
     | Feature.UNPRIVILEGED_DEV
