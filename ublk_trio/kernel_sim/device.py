@@ -167,10 +167,14 @@ class SimDevice:
     def cancel_ring(self, ring: CommandRing) -> None:
         """The commands of one ring are cancelled, and no queue delivers any more."""
         if any(tag.ring is ring for queue in self.queues for tag in queue.tags):
-            for queue in self.queues:
-                queue.canceling = True
+            self.set_canceling()
             for queue in self.queues:
                 queue.ring_closed(ring)
+
+    def set_canceling(self) -> None:
+        """No queue delivers any more."""
+        for queue in self.queues:
+            queue.canceling = True
 
     def char_closed(self) -> None:
         """The server closed the char device; it counts once its rings are closed too."""

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ublk_trio.kernel_sim import checks
+from ublk_trio.kernel_sim.batch import BatchQueue
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.registered import RequestBuffer
 from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
@@ -103,6 +104,7 @@ class SimQueue:
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
         self._has_tag_daemons = version >= (6, 16)
+        self.batch = BatchQueue(self) if flags & Feature.BATCH_IO else None
         #: What raw rings delivered, by tag: what a mapping of the descriptors shows.
         self.descriptors: dict[int, bytes] = {}
         #: Before each tag had its own: the task that sent the queue's last FETCH_REQ.
@@ -168,14 +170,14 @@ class SimQueue:
         if self._checks_as_until_6_16:
             return self._command_until_6_16(ring, command, tag_number, result, address, auto_buffer)
         if command == _UNREGISTER_IO_BUF:
-            return self._unregister(ring, address)
+            return self.unregister(ring, address)
         if tag_number >= self.depth:
             return -errno.EINVAL
         tag = self.tags[tag_number]
         if command == _FETCH_REQ:
-            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
+            return self._address_refused(address, auto_buffer) or self.fetch(ring, tag, address, auto_buffer)
         if tag.task != ring.task:
-            return self._register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
+            return self.register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EBUSY
         if bool(tag.flags & NEED_GET_DATA) != (command == _NEED_GET_DATA):
@@ -185,7 +187,7 @@ class SimQueue:
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
         if command == _REGISTER_IO_BUF:
-            return self._register(ring, tag, address)
+            return self.register(ring, tag, address)
         return -errno.EINVAL
 
     def _command_until_6_16(
@@ -208,7 +210,7 @@ class SimQueue:
         if command == _FETCH_REQ:
             if self.ready:
                 return -errno.EBUSY
-            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
+            return self._address_refused(address, auto_buffer) or self.fetch(ring, tag, address, auto_buffer)
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EINVAL
         if command == _COMMIT_AND_FETCH_REQ:
@@ -216,9 +218,9 @@ class SimQueue:
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
         if command == _REGISTER_IO_BUF:
-            return self._register(ring, tag, address)
+            return self.register(ring, tag, address)
         if command == _UNREGISTER_IO_BUF:
-            return self._unregister(ring, address)
+            return self.unregister(ring, address)
         return -errno.EINVAL
 
     def _address_refused(self, address: int, auto_buffer: int) -> int:
@@ -230,7 +232,8 @@ class SimQueue:
         """Whether the word has bits that mean nothing: all above the index but FALLBACK."""
         return self.auto_buf_reg and bool(auto_buffer >> 16 & ~_AUTO_FALLBACK)
 
-    def _fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
+    def fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
+        """FETCH_REQ behind the address rules: 0 when it is pending, else a negative errno."""
         device = self.device
         if device.stopping:
             return -errno.ENODEV
@@ -260,11 +263,19 @@ class SimQueue:
                 return -errno.EINVAL
         elif (address and request.op != _ZONE_APPEND) or self._auto_buffer_refused(auto_buffer):
             return -errno.EINVAL
-        self.accept_commit(ring, tag, request, result, address, auto_buffer)
+        self.accept_commit(ring, tag, request, result, address, auto_buffer, zone_lba=address)
         return 0
 
     def accept_commit(
-        self, ring: CommandRing, tag: SimTag, request: Request, result: int, address: int, auto_buffer: int
+        self,
+        ring: CommandRing,
+        tag: SimTag,
+        request: Request,
+        result: int,
+        address: int,
+        auto_buffer: int,
+        *,
+        zone_lba: int,
     ) -> None:
         """The commit was checked: the tag is the driver's again, and the request ends, or its rest comes once more."""
         registered = tag.flags & AUTO_BUF_REG
@@ -279,7 +290,7 @@ class SimQueue:
                 if ring.is_same_ring(tag.auto_ring):
                     ring.unregister_buffer(before & 0xFFFF)
             if request.op == _ZONE_APPEND:
-                request.start_sector = address
+                request.start_sector = zone_lba
             if tag.uses:
                 tag.committed = True
                 tag.result = result
@@ -355,7 +366,7 @@ class SimQueue:
         assert request is not None
         return RequestBuffer(request.view, fills=request.op in FILLED_BY_SERVER, release=lambda: self.let_go(tag))
 
-    def _register(self, ring: CommandRing, tag: SimTag, index: int) -> int:
+    def register(self, ring: CommandRing, tag: SimTag, index: int) -> int:
         """REGISTER_IO_BUF; since 6.17 from any task, even for a tag that was committed while other references remain."""
         if not self.zero_copy or not self.hold(tag):
             return -errno.EINVAL
@@ -364,7 +375,7 @@ class SimQueue:
             self.let_go(tag)
         return refused or ENDED
 
-    def _unregister(self, ring: CommandRing, index: int) -> int:
+    def unregister(self, ring: CommandRing, index: int) -> int:
         """UNREGISTER_IO_BUF: of whatever tag, or another device's."""
         if not self.zero_copy:
             return -errno.EINVAL
@@ -440,6 +451,9 @@ class SimQueue:
 
     def cancel_idle(self) -> None:
         """Complete every idle command with ABORT (STOP_DEV and its kin; the disk is gone, so nothing is on its way)."""
+        if self.batch is not None:
+            self.batch.cancel()
+            return
         for tag in self.tags:
             if tag.flags & ACTIVE and not tag.flags & CANCELED and tag.request is None:
                 tag.flags |= CANCELED
@@ -482,6 +496,8 @@ class SimQueue:
         self._free = list(range(self.depth - 1, -1, -1))
         self.fetched = 0
         self.daemon = None
+        if self.batch is not None:
+            self.batch.reset()
         self.canceling = False
 
     # ------------------------------------------------------------------ who may touch which buffer

@@ -21,6 +21,7 @@ MODELLED = (
     | Feature.SUPPORT_ZERO_COPY
     | Feature.USER_COPY
     | Feature.AUTO_BUF_REG
+    | Feature.BATCH_IO
     | Feature.INTEGRITY
     | Feature.CMD_IOCTL_ENCODE
     | Feature.UPDATE_SIZE
