@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import pkgutil
 from pathlib import Path
 
 from ublk_trio import kernel_sim
-from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED
+from ublk_trio.kernel_sim.control_faults import CONTROL_FAULTS
+from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED, KernelVersion
 from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
 from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 
@@ -84,6 +86,32 @@ def _release(release: tuple[int, int]) -> str:
     return "{}.{}".format(*release)
 
 
+#: The releases that the table of differences shows.
+PROFILES = (KernelVersion(6, 1), KernelVersion(6, 12), KernelVersion(6, 16), KernelVersion(7, 0), KernelVersion(7, 3))
+
+
+def _differences() -> list[str]:
+    """What releases do differently, beyond the commands and features that they have."""
+    return [
+        "| difference | when | " + " | ".join(map(str, PROFILES)) + " |",
+        "|---|---|" + "---|" * len(PROFILES),
+        *(
+            f"| {difference.text} | {difference.when} | "
+            + " | ".join("yes" if getattr(version, difference.name) else "" for version in PROFILES)
+            + " |"
+            for difference in KernelVersion.differences()
+        ),
+    ]
+
+
+def _control_faults() -> list[str]:
+    return [
+        "| point | errno |",
+        "|---|---|",
+        *(f"| {point} | {errno.errorcode[number]} |" for point, number in CONTROL_FAULTS.items()),
+    ]
+
+
 def simulator_page() -> str:
     """The page about what the simulator covers."""
     return "\n".join(
@@ -111,6 +139,14 @@ def simulator_page() -> str:
                 + (f"{_release(COMMAND_RELEASE[command])} | yes |" if command in COMMAND_RELEASE else "| |")
                 for command in sorted(ControlCommand)
             ),
+            "",
+            "What releases do differently, each a property of `KernelVersion`:",
+            "",
+            *_differences(),
+            "",
+            "Where `SimKernel.control_faults` lets Choices fail a control command:",
+            "",
+            *_control_faults(),
             "",
             *_simulator_modules(),
         ]

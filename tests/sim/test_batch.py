@@ -110,7 +110,9 @@ class Batch:
         return addresses
 
     def tags(self, address: int, length: int) -> list[int]:
-        return list(memoryview(self.server.process.memory.read(address, length)).cast("H"))
+        view = self.server.process.memory.view(address, length)
+        assert view is not None
+        return list(view.cast("H"))
 
 
 def batch_server(

@@ -105,7 +105,9 @@ def prepare(queue: SimQueue, commands: BatchCommands, io: BatchIo, address: int)
         error = _prepare_refused(queue, element, seen)
         if error:
             if fetched_before + len(seen) == queue.depth:
-                queue.canceling = True  # it was ready for a moment
+                # It was ready for a moment.
+                queue.canceling = True
+                queue.device.update_delivery()
             return error
         seen.add(element.tag)
     for element in elements:

@@ -24,6 +24,10 @@ _LINUX: Final = {
 }
 
 
+#: Means "not supported", too, and has no name outside of the kernel.
+ENOTSUPP: Final = 524
+
+
 def number(name: str) -> int:
     """The errno of that name."""
     return getattr(errno, name, 0) or _LINUX[name]

@@ -4,8 +4,9 @@
 mappings of buffers that other processes, or the test, can share; ``/dev/ublk-control`` and ``/dev/ublkcN`` with
 open(2), mmap(2) of descriptors and close(2); plain files of bytes, for fixed reads and writes. A file lives as long as
 something refers to it: the descriptor, a mapping, a command under way.
-**Rejected.** A path that there is not: ENOENT. A second opener of a char device: EBUSY. A mapping at the wrong offset,
-of the wrong length, or for a second process: EINVAL; one that can be written to: EPERM.
+**Rejected.** A path that there is not: ENOENT. A char device that the process may not open: EACCES; one that has an
+opener: EBUSY. A mapping at the wrong offset, of the wrong length, or for a second process: EINVAL; one that can be
+written to: EPERM.
 **Differs from Linux.** Files cannot be inherited nor passed on, except by handing the object to another process'
 ring. Memory is what was mapped; code and stack are not there. `SimProcess.exit` takes effect at once.
 """
@@ -18,8 +19,9 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim.char_device import check_mmap
 from ublk_trio.kernel_sim.user_copy import UserCopy
-from ublk_trio.uapi import CONTROL_PATH, IO_DESC_SIZE, Feature, descriptors_length, descriptors_offset
+from ublk_trio.uapi import CONTROL_PATH
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -28,10 +30,6 @@ if TYPE_CHECKING:
 
 _FIRST_ADDRESS: Final = 0x10_0000
 _CHAR_PATH: Final = re.compile(r"/dev/ublkc(0|[1-9][0-9]*)")
-
-
-class BadAddressError(Exception):
-    """EFAULT: the memory that a caller pointed at is not there. Becomes the command's result."""
 
 
 class AddressSpace:
@@ -75,20 +73,6 @@ class AddressSpace:
         """``length`` bytes at ``address``, or None (EFAULT) when they are not all mapped."""
         view = self.available(address, length)
         return view if len(view) == length else None
-
-    def read(self, address: int, length: int) -> bytes:
-        """Copy from there. Raises `BadAddressError`."""
-        view = self.view(address, length)
-        if view is None:
-            raise BadAddressError
-        return bytes(view)
-
-    def write(self, address: int, data: bytes) -> None:
-        """Copy to there. Raises `BadAddressError`, and has written nothing then."""
-        view = self.view(address, len(data))
-        if view is None:
-            raise BadAddressError
-        view[:] = data
 
 
 class SimTask:
@@ -136,11 +120,14 @@ class SimProcess:
         match = _CHAR_PATH.fullmatch(path)
         if match is None:
             raise KernelError(errno.ENOENT, f"cannot open {path}: {errno_text(errno.ENOENT)}")
-        return CharFile(self, self.kernel.char_to_open(int(match[1])))
+        return CharFile(self, self.kernel.char_to_open(int(match[1]), self))
 
     def exit(self) -> None:
         """The process ends, as by SIGKILL: first its rings, then its mappings and files. Repeatable."""
         self.exited = True
+        for device in self.kernel.devices.values():
+            if device.opener_pid == self.pid:
+                device.server_died = True
         for ring in list(self.rings):
             ring.close()
         for mapping in list(self.mappings):
@@ -210,32 +197,19 @@ class CharFile(SimFile):
     def __init__(self, process: SimProcess, device: SimDevice) -> None:
         super().__init__(process)
         self.device = device
-        #: The process whose memory the descriptors are mapped into: only one can have them.
-        self._mapped_by: SimProcess | None = None
         device.char = self
         device.opener_pid = process.pid
+        device.kill_server = process.exit
 
     def mmap(
         self, offset: int, length: int, *, writable: bool = False, process: SimProcess | None = None
     ) -> SimMapping:
         """Map a queue's descriptors. Raises `KernelError`."""
         process = process if process is not None else self.process
-        if self._mapped_by is None:
-            self._mapped_by = process
-        if self._mapped_by is not process:
-            raise self._mmap_error(errno.EINVAL)
-        if writable:
-            raise self._mmap_error(errno.EPERM)
-        info = self.device.info
-        size = info.io_desc_size if info.flags & Feature.IO_DESC_SIZE else IO_DESC_SIZE
-        page_size = self.process.kernel.page_size
-        queue_id = offset // descriptors_offset(1, io_desc_size=size, page_size=page_size)
-        if offset % page_size or not 0 <= queue_id < len(self.device.queues):
-            raise self._mmap_error(errno.EINVAL)
-        mapped = -(-length // page_size) * page_size
-        if mapped != descriptors_length(info.queue_depth, io_desc_size=size, page_size=page_size):
-            raise self._mmap_error(errno.EINVAL)
-        return SimMapping(process, self, queue_id, size)
+        queue_id = check_mmap(self.device, process, offset=offset, length=length, writable=writable)
+        if queue_id < 0:
+            raise self._mmap_error(-queue_id)
+        return SimMapping(process, self, queue_id, self.device.descriptor_bytes)
 
     def start_pread(self, offset: int, *, task: SimTask | None = None) -> UserCopy:
         """Begin a pread that takes a while: `UserCopy.read` ends it. Raises `KernelError`."""

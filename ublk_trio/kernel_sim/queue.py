@@ -1,8 +1,8 @@
 """A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
 
 **Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that
-wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; server death without
-recovery.
+wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; requests that fail, are
+held or are reissued when the server goes.
 **Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands
 (EOPNOTSUPP).
 **Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
@@ -110,8 +110,16 @@ class SimQueue:
         #: Before each tag had its own: the task that sent the queue's last FETCH_REQ.
         self.daemon: object = None
         self.fetched = 0
-        #: The server is going or gone: requests are not delivered any more.
+        #: The server is going or gone.
         self.canceling = False
+        #: The device has no server and fails requests (FAIL_IO).
+        self.fails_all = False
+        #: The disk is being removed: requests that a next server would get are failed.
+        self.aborts_all = False
+        #: None of these: what comes goes to the server. Kept by `SimDevice.update_delivery`.
+        self.delivering = True
+        #: Requests that wait for a server.
+        self.held: deque[Request] = deque()
         #: Requests that found no free tag.
         self.waiting: deque[Request] = deque()
         self._free = list(range(depth - 1, -1, -1))
@@ -132,9 +140,8 @@ class SimQueue:
 
     def _dispatch(self, request: Request) -> None:
         free = self._free
-        if self.canceling:
-            # Without recovery; with it (later) the request would be held here.
-            request.end(errno.EIO)
+        if not self.delivering:
+            self._turn_away(request)
             return
         if self._choices.calm or len(free) == 1:
             tag = self.tags[free.pop()]
@@ -424,8 +431,14 @@ class SimQueue:
         return 0
 
     def abort(self, tag: SimTag) -> None:
-        """The tag's request cannot be delivered, nor ever will be; its command stays pending."""
-        self._fail(tag)
+        """The tag's request cannot be delivered by this server; its command stays pending."""
+        request = tag.request
+        assert request is not None
+        self._release(tag)
+        if self.device.holds:
+            self.held.append(request)
+        else:
+            request.end(errno.EIO)
 
     def _copied_in_part(self, ring: CommandRing, tag: SimTag, copied: int) -> bool:
         """Some of a WRITE's data fitted: that much is delivered. None of it: the request comes again later, and so for ever."""
@@ -462,8 +475,33 @@ class SimQueue:
                     self._give_back_buffer(tag.ring, tag)
                 tag.ring.post_result(tag.tag, IO_RES_ABORT)
 
+    def has_pending(self, ring: CommandRing) -> bool:
+        """Whether a command of the ring is pending: cancelling it tells that the server goes."""
+        return any(tag.ring is ring and tag.flags & (ACTIVE | CANCELED) == ACTIVE for tag in self.tags)
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests the server has, or will have: they are on their way."""
+        return sum(tag.request is not None for tag in self.tags)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether somebody, besides the server's own right to it, has a request's data in hand."""
+        return any(tag.uses for tag in self.tags)
+
+    @property
+    def all_owned(self) -> bool:
+        """No command is pending."""
+        return not any(tag.flags & ACTIVE for tag in self.tags)
+
+    @property
+    def all_idle(self) -> bool:
+        """Every tag waits for a request."""
+        return all(tag.flags == ACTIVE for tag in self.tags)
+
     def ring_closed(self, ring: CommandRing) -> None:
-        """The ring's tags come back: idle ones are dropped, undelivered requests fail, delivered ones wait for the last close."""
+        """The ring's pending commands end, and what was not delivered goes back; what was, waits for the server's end."""
+        undelivered = []
         for tag in self.tags:
             if tag.ring is not ring:
                 continue
@@ -472,23 +510,51 @@ class SimQueue:
             if tag.flags & ACTIVE:
                 tag.flags |= CANCELED
                 if tag.request is not None and not tag.committed:
-                    self._fail(tag)
+                    undelivered.append(tag)
+        # Before those that wait for a tag: releasing one turns the next of them away.
+        for tag in undelivered:
+            assert tag.request is not None
+            self._turn_away(tag.request)
+        for tag in undelivered:
+            self._release(tag)
 
-    def fail_owned(self) -> None:
-        """The server is gone: whatever it still held fails with EIO."""
-        assert self.canceling
+    def abort_owned(self) -> None:
+        """The server is gone: what it still held fails, or goes to the next one, at the head of the line."""
+        assert not self.delivering
+        reissued = []
         for tag in self.tags:
-            if tag.request is not None:
-                self._fail(tag)
+            request = tag.request
+            # In batches what nobody fetched is the server's, too.
+            if request is None or not (tag.flags & OWNED_BY_SRV or self.batch is not None):
+                continue
+            if tag.uses:
+                # Only before 6.15, where nobody waits for those who copy: the last of them ends the request.
+                tag.committed, tag.result = True, -errno.EIO
+                continue
+            self._release(tag)
+            if self.device.reissues:
+                reissued.append(request)
+            else:
+                request.end(errno.EIO)
+        self.held.extendleft(reversed(reissued))
 
-    def _fail(self, tag: SimTag) -> None:
-        request = tag.request
-        assert request is not None
-        self._release(tag)
-        request.end(errno.EIO)
+    def _turn_away(self, request: Request) -> None:
+        """The request cannot be delivered: it fails, or is held until it can be."""
+        error = self.device.refusal(self)
+        if error is None:
+            self.held.append(request)
+        else:
+            request.end(error)
+
+    def redispatch(self) -> None:
+        """What is held tries again, before all that waits for a tag."""
+        self.waiting.extendleft(reversed(self.held))
+        self.held.clear()
+        while self.waiting and self._free:
+            self._dispatch(self.waiting.popleft())
 
     def reset(self) -> None:
-        """Ready for a new server's FETCH_REQs."""
+        """Ready for a new server's FETCH_REQs; until they have come nothing is delivered."""
         assert not self.waiting
         assert len(self._free) == self.depth, f"queue {self.queue_id}: tags still in use at reset"
         for tag in self.tags:
@@ -498,7 +564,6 @@ class SimQueue:
         self.daemon = None
         if self.batch is not None:
             self.batch.reset()
-        self.canceling = False
 
     # ------------------------------------------------------------------ who may touch which buffer
 

@@ -27,14 +27,24 @@ import trio
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim import batch
 from ublk_trio.kernel_sim.batch import BatchQueue, FetchCommand
-from ublk_trio.kernel_sim.control import Call, Steps, execute
-from ublk_trio.kernel_sim.process import BadAddressError, ByteFile, CharFile, ControlFile, SimFile
+from ublk_trio.kernel_sim.control import Call, execute
+from ublk_trio.kernel_sim.process import ByteFile, CharFile, ControlFile, SimFile
 from ublk_trio.kernel_sim.queue import BAD_OPCODE, ENDED, UNKNOWN_COMMAND, CommandRing
 from ublk_trio.kernel_sim.registered import BufferTable, RequestBuffer
-from ublk_trio.uapi import BatchIo, ControlCmd, ControlCommand, Feature, IoCmd, IoCommand, io_opcode, split_opcode
+from ublk_trio.uapi import (
+    BatchIo,
+    ControlCmd,
+    ControlCommand,
+    Feature,
+    IoCmd,
+    IoCommand,
+    control_opcode,
+    io_opcode,
+    split_opcode,
+)
 
 if TYPE_CHECKING:
-    from ublk_trio.kernel_sim.process import SimProcess, SimTask
+    from ublk_trio.kernel_sim.process import SimTask
     from ublk_trio.kernel_sim.queue import SimQueue
 
 _IOCTL_TYPE: Final = ord("u")
@@ -43,6 +53,7 @@ _COMMIT_IO_CMDS: Final = io_opcode(IoCommand.COMMIT_IO_CMDS, ioctl_encoded=True)
 _FETCH_IO_CMDS: Final = io_opcode(IoCommand.FETCH_IO_CMDS, ioctl_encoded=True)
 _REGISTER_IO_BUF: Final = io_opcode(IoCommand.REGISTER_IO_BUF, ioctl_encoded=True)
 _UNREGISTER_IO_BUF: Final = io_opcode(IoCommand.UNREGISTER_IO_BUF, ioctl_encoded=True)
+_GET_FEATURES: Final = control_opcode(ControlCommand.GET_FEATURES, ioctl_encoded=True)
 _CAN_BE_PENDING: Final = frozenset({IoCommand.FETCH_REQ, IoCommand.COMMIT_AND_FETCH_REQ, IoCommand.NEED_GET_DATA})
 #: ``IORING_CQE_F_BUFFER`` and ``IORING_CQE_F_MORE``; a buffer's id stands above.
 CQE_BUFFER: Final = 1
@@ -88,42 +99,6 @@ class Cqe:
     user_data: int
     result: int
     flags: int = 0
-
-
-class UserCall(Call):
-    """A control command whose buffer lies in a process' memory."""
-
-    def __init__(self, process: SimProcess, header: ControlCmd, cmd_op: int) -> None:
-        kind, number = split_opcode(cmd_op)
-        super().__init__(
-            command=number,
-            dev_id=header.dev_id,
-            queue_id=header.queue_id,
-            data=header.data,
-            buffer=None,
-            length=header.len,
-            dev_path_length=header.dev_path_len,
-            ioctl_encoded=kind == _IOCTL_TYPE,
-        )
-        self.process = process
-        self.address = header.addr
-
-    @property
-    def has_buffer(self) -> bool:
-        return self.address != 0
-
-    def sent(self, length: int) -> bytes:
-        return self.process.memory.read(self.address + self.start, length)
-
-    def answer(self, data: bytes) -> None:
-        self.process.memory.write(self.address + self.start, data)
-
-
-def _or_bad_address(steps: Steps) -> Steps:
-    try:
-        return (yield from steps)
-    except BadAddressError:
-        return -errno.EFAULT
 
 
 class QueueCommands:
@@ -409,17 +384,29 @@ class SimUring:
     def _control(self, sqe: Sqe) -> int | None:
         if not self._sqe128:
             return -errno.EINVAL
-        if split_opcode(sqe.cmd_op)[0] not in (0, _IOCTL_TYPE):
-            return -errno.EOPNOTSUPP
         header = ControlCmd.unpack(self._command_area(sqe, ControlCmd.LAYOUT.size))
-        call = UserCall(self.task.process, header, sqe.cmd_op)
+        kind, number = split_opcode(sqe.cmd_op)
+        process = self.task.process
+        call = Call(
+            command=number,
+            dev_id=header.dev_id,
+            queue_id=header.queue_id,
+            data=header.data,
+            length=header.len,
+            dev_path_length=header.dev_path_len,
+            memory=process.memory,
+            address=header.addr,
+            caller=process,
+            opcode_type=kind,
+            exact_opcode=sqe.cmd_op == _GET_FEATURES,
+        )
         known = call.command in ControlCommand._value2member_map_
         name = ControlCommand(call.command).name if known else f"command {call.command:#x}"
         command = _ControlCommand(self, sqe.user_data, name, header.dev_id)
         self.control_commands.append(command)
         self.kernel.run(
             f"{name} of device {header.dev_id}",
-            _or_bad_address(execute(self.kernel, call)),
+            execute(self.kernel, call),
             ring=self,
             on_done=command.done,
         )
