@@ -222,7 +222,7 @@ def test_a_commit_may_be_partial() -> None:
     ("more", "number"),
     [
         ({"queue": 1}, errno.EINVAL),
-        ({"flags": 8}, errno.EINVAL),
+        ({"flags": 8 | 2}, errno.EINVAL),
         ({"flags": 0}, errno.EINVAL),
         ({"elem_bytes": 8}, errno.EINVAL),
         ({"elem_bytes": 24, "flags": 3}, errno.EINVAL),
@@ -237,7 +237,7 @@ def test_the_command_itself_is_checked(more: dict[str, Any], number: int) -> Non
         assert batch.send(command, [(0,)], **more) == -number
 
 
-@pytest.mark.parametrize("more", [{"queue": 1}, {"elem_bytes": 4}, {"flags": 2}])
+@pytest.mark.parametrize("more", [{"queue": 1}, {"elem_bytes": 4}, {"flags": 2}, {"flags": 8}])
 def test_fetches_are_checked(more: dict[str, Any]) -> None:
     """FETCH_IO_CMDS: queue, two bytes a tag, no flags, multishot."""
     batch = batch_server()

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 _MAX_TAGS: Final = 128
 #: A commit's elements are read in pieces of so many bytes.
 _PIECE_BYTES: Final = 480
-_KNOWN_FLAGS: Final = BatchFlag.HAS_ZONE_LBA | BatchFlag.HAS_BUF_ADDR | BatchFlag.AUTO_BUF_REG_FALLBACK
+#: A plain number: of a flag type's complement unknown bits are no part.
+_KNOWN_FLAGS: Final = int(BatchFlag.HAS_ZONE_LBA | BatchFlag.HAS_BUF_ADDR | BatchFlag.AUTO_BUF_REG_FALLBACK)
 _NO_LBA: Final = (1 << 64) - 1
 
 

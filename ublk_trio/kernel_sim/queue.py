@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
 _ZONE_APPEND = int(IoOp.ZONE_APPEND)
+_SHMEM_ZC = int(IoFlag.SHMEM_ZC)
 _INTEGRITY = int(IoFlag.INTEGRITY)
 _NEED_REG_BUF = int(IoFlag.NEED_REG_BUF)
 _AUTO_FALLBACK = int(AutoBufRegFlag.FALLBACK)
@@ -104,6 +105,8 @@ class SimQueue:
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
         self._has_tag_daemons = version >= (6, 16)
+        #: Shared memory that the server registered, where requests' data may lie.
+        self.shmem = device.shmem if flags & Feature.SHMEM_ZC else None
         self.batch = BatchQueue(self) if flags & Feature.BATCH_IO else None
         #: What raw rings delivered, by tag: what a mapping of the descriptors shows.
         self.descriptors: dict[int, bytes] = {}
@@ -314,7 +317,7 @@ class SimQueue:
             end = through_block_status(result)
         elif request.op == _READ and not result:
             end = errno.EIO
-        elif self.copies and request.op == _READ:
+        elif self.copies and request.op == _READ and not tag.shared:
             moved = ring.copy_from(tag.address, request.view[: min(result, request.length)])
             end = request.advance(moved) if moved else errno.EIO
         elif not self.short_is_whole and (request.op == _READ or request.op == _WRITE):
@@ -335,6 +338,8 @@ class SimQueue:
         tag.flags = ACTIVE | NEED_GET_DATA
         tag.ring = ring
         tag.address = address
+        # The descriptor gets this address, even if it is flagged as one of shared memory.
+        tag.shared_address = None
         if ring.paranoid:
             self._take_buffer(ring, tag, 0)
         ring.post(tag.tag)
@@ -398,15 +403,19 @@ class SimQueue:
         tag = self.tags[tag_number]
         request = tag.request
         assert request is not None, f"queue {self.queue_id}: nothing to deliver on {tag!r}"
+        if self.shmem is not None and not tag.flags & NEED_GET_DATA:
+            tag.shared_address = self.shmem.match(request) if self.has_data(tag) else None
+            tag.shared = tag.shared_address is not None
         if request.op == _WRITE and self.copies:
             if self.need_get_data and not tag.flags & NEED_GET_DATA:
                 tag.flags = OWNED_BY_SRV | NEED_GET_DATA
                 return 1
             if tag.poisoned_bytes >= 0:
                 self._give_back_buffer(ring, tag)
-            copied = ring.copy_to(tag.address, request.view)
-            if copied != request.length and not self._copied_in_part(ring, tag, copied):
-                return None
+            if not tag.shared:
+                copied = ring.copy_to(tag.address, request.view)
+                if copied != request.length and not self._copied_in_part(ring, tag, copied):
+                    return None
         elif tag.poisoned_bytes >= 0:
             self._give_back_buffer(ring, tag)
         elif self.auto_buf_reg and self.has_data(tag):
@@ -454,10 +463,13 @@ class SimQueue:
         request = tag.request
         assert request is not None
         return IoDesc(
-            op_flags=request.op_flags | tag.delivered_flags | (_INTEGRITY if request.metadata is not None else 0),
+            op_flags=request.op_flags
+            | tag.delivered_flags
+            | (_INTEGRITY if request.metadata is not None else 0)
+            | (_SHMEM_ZC if tag.shared else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
-            addr=tag.address,
+            addr=tag.address if tag.shared_address is None else tag.shared_address,
         ).pack()
 
     # ------------------------------------------------------------------ the end of a server

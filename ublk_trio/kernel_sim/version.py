@@ -29,6 +29,7 @@ MODELLED = (
     | Feature.AUTO_BUF_REG
     | Feature.BATCH_IO
     | Feature.INTEGRITY
+    | Feature.SHMEM_ZC
     | Feature.USER_RECOVERY
     | Feature.USER_RECOVERY_REISSUE
     | Feature.UNPRIVILEGED_DEV
@@ -71,6 +72,8 @@ COMMAND_RELEASE: Mapping[ControlCommand, Release] = MappingProxyType(
         ControlCommand.UPDATE_SIZE: (6, 16),
         ControlCommand.QUIESCE_DEV: (6, 16),
         ControlCommand.TRY_STOP_DEV: (7, 0),
+        ControlCommand.REG_BUF: (7, 1),
+        ControlCommand.UNREG_BUF: (7, 1),
     }
 )
 
