@@ -20,7 +20,7 @@ from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 
 Release = tuple[int, int]
 
-#: The features whose behaviour the simulator has. The others come as they are written: user copy, zero copy, …
+#: The features whose behaviour the simulator has.
 MODELLED = (
     Feature.URING_CMD_COMP_IN_TASK
     | Feature.NEED_GET_DATA
