@@ -1,13 +1,15 @@
 """A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
 
-**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that
-wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; requests that fail, are
-held or are reissued when the server goes.
-**Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands
-(EOPNOTSUPP).
+**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA, REGISTER_IO_BUF and UNREGISTER_IO_BUF with their checks in the
+order of the release; the rules for addresses and tasks; AUTO_BUF_REG; requests that end only when nobody uses their data
+any more; requests that wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT;
+requests that fail, are held or are reissued when the server goes.
+**Rejected.** EINVAL, EBUSY, ENODEV, EOPNOTSUPP as the checks have it; an unknown number, batch commands among them: EINVAL.
 **Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
 rest of a READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE
-is copied to the server when it reaps the completion: the latest moment that Linux allows.
+is copied to the server when it reaps the completion: the latest moment that Linux allows. A word for AUTO_BUF_REG that
+is wrong is refused before anything happens, as since 7.0. To 6.15 each request is delivered in the task of its own tag's
+command, where Linux may deliver several in the first one's.
 """
 
 from __future__ import annotations
