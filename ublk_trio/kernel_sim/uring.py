@@ -9,16 +9,16 @@ that takes no commands, EINVAL for a multishot command without a group of buffer
 **Differs from Linux.** A completion that the kernel makes for a task (*task work*) becomes visible at that task's next
 submit or reap, where Linux may interrupt the task. No linked, drained or fixed-file entries, no other operations.
 
-Where a kernel is free, Choices decides, by these names: ``submit-eagain``, ``submit-short``, ``task-work-next``,
-``task-work-later``, ``reap-left-behind``, ``cancel-late``, ``wait-interrupted``, ``spurious-wake-up``.
+Where a kernel is free, Choices decides, by the names in `RING_CHOICES`.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -59,6 +59,21 @@ _CAN_BE_PENDING: Final = frozenset({IoCommand.FETCH_REQ, IoCommand.COMMIT_AND_FE
 CQE_BUFFER: Final = 1
 CQE_MORE: Final = 2
 CQE_BUFFER_SHIFT: Final = 16
+
+
+#: What a kernel is free to do to the user of a ring, by the name of the choice.
+RING_CHOICES: Mapping[str, str] = MappingProxyType(
+    {
+        "submit-eagain": "no memory for a single entry: nothing is taken, EAGAIN",
+        "submit-short": "memory for the first entries only: the others are not taken",
+        "task-work-later": "what the kernel has for the task to do waits for its next call",
+        "task-work-next": "it is done in another order than it came in",
+        "reap-left-behind": "a reap finds only the first of the completions, or none",
+        "cancel-late": "a control command hears of its cancellation only at the next call",
+        "wait-interrupted": "a signal ends a wait: EINTR",
+        "spurious-wake-up": "a wait ends although there is nothing",
+    }
+)
 
 
 class UringOp(IntEnum):
