@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 
 import pytest
@@ -11,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.sim.raw import COMMIT, FETCH, GET_DATA, RawControl, control_sqe, raw_kernel, raw_server
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
-from ublk_trio.kernel_sim.uring import Cqe, SimUring, Sqe, UringOp
+from ublk_trio.kernel_sim.uring import RING_CHOICES, Cqe, SimUring, Sqe, UringOp
 from ublk_trio.uapi import ControlCommand, Feature, IoOp
 
 
@@ -283,6 +284,40 @@ def test_choices_shake_a_ring_without_losing_anything() -> None:
         seen |= {choice.what for choice in kernel.choices.trace if choice.chosen}
     assert errnos == {errno.EAGAIN}
     assert seen == {"submit-eagain", "submit-short", "reap-left-behind"}
+
+
+def send_on(ring: SimUring, todo: list[Sqe]) -> None:
+    """Submit what can be submitted now."""
+    with contextlib.suppress(KernelError):
+        del todo[: ring.submit(todo)]
+
+
+def test_every_choice_of_a_ring_is_reached() -> None:
+    """What a kernel is free to do at a ring does no harm, and the table has all of it."""
+    chosen: set[str] = set()
+    asked: set[str] = set()
+    for seed in range(40):
+        kernel = raw_kernel()
+        server, waiting = raw_server(kernel), raw_server(kernel, live=False)
+        control = waiting.control
+        start = control.send(ControlCommand.START_DEV, 1, data=waiting.process.pid)
+        kernel.choices = SeededChoices(seed)
+        bios = [server.disk.submit(IoOp.READ, 512 * i, 512) for i in range(6)]
+        commits: list[Sqe] = []
+        cancels = [Sqe(opcode=UringOp.ASYNC_CANCEL, user_data=1000, cancel_user_data=start)]
+        cancelled: list[tuple[int, int]] = []
+        for _ in range(300):
+            commits += [server.io_sqe(COMMIT, cqe.user_data, result=512) for cqe in server.ring.reap()]
+            send_on(server.ring, commits)
+            send_on(control.ring, cancels)
+            cancelled += [(cqe.user_data, cqe.result) for cqe in control.ring.reap()]
+        assert [bio.result for bio in bios] == [512] * 6
+        assert cancelled == [(1000, -errno.EALREADY), (start, -errno.EINTR)]
+        chosen |= {choice.what for choice in kernel.choices.trace if choice.chosen}
+        asked |= {choice.what for choice in kernel.choices.trace}
+    # Those of waiting: see there.
+    assert set(RING_CHOICES) - chosen == {"wait-interrupted", "spurious-wake-up"}
+    assert asked <= {*RING_CHOICES, "settle"}
 
 
 async def test_waiting() -> None:

@@ -1,6 +1,6 @@
 """The control commands: which are understood, who may send them, and where each goes.
 
-**Supported.** Every command but REG_BUF and UNREG_BUF, each from the release that has it: see `control_add`,
+**Supported.** Every command, each from the release that has it: see `control_add`,
 `control_params`, `control_start`, `control_recovery`, `control_getters`. Root's devices, and those of ordinary users:
 these are reached by the path of their char device, which the caller must be allowed to open.
 **Rejected.** An encoding that the kernel does not have: EOPNOTSUPP. A command that nobody knows: EOPNOTSUPP, or what
@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from ublk_trio.kernel_sim import char_device, control_getters
+from ublk_trio.kernel_sim import char_device, control_getters, shmem
 from ublk_trio.kernel_sim.call import Call
 from ublk_trio.kernel_sim.control_add import add_device
 from ublk_trio.kernel_sim.control_faults import fails
@@ -57,6 +57,8 @@ _COMMANDS: Mapping[ControlCommand, Callable[[SimKernel, SimDevice, Call], Steps]
         ControlCommand.START_USER_RECOVERY: start_recovery,
         ControlCommand.END_USER_RECOVERY: end_recovery,
         ControlCommand.QUIESCE_DEV: quiesce,
+        ControlCommand.REG_BUF: shmem.register,
+        ControlCommand.UNREG_BUF: shmem.unregister,
     }
 )
 #: What a command for an unprivileged device needs of the char device's file. The absent ones are refused.

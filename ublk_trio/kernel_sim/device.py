@@ -23,6 +23,7 @@ from ublk_trio.kernel_sim.linux_errno import number
 from ublk_trio.kernel_sim.params import structure_size
 from ublk_trio.kernel_sim.process import SimTask
 from ublk_trio.kernel_sim.queue import SimQueue
+from ublk_trio.kernel_sim.shmem import ShmemBuffers
 from ublk_trio.kernel_sim.waits import SimMutex, Steps, Wait
 from ublk_trio.uapi import IO_DESC_SIZE, DeviceState, DevInfo, Feature, Params
 
@@ -56,6 +57,8 @@ class SimDevice:
         self.holds = self.recovers and not info.flags & Feature.USER_RECOVERY_FAIL_IO
         #: What a dead server owned goes to the next one.
         self.reissues = self.recovers and bool(info.flags & Feature.USER_RECOVERY_REISSUE)
+        #: Shared memory for requests' data: it stays from one server to the next.
+        self.shmem = ShmemBuffers()
         self.queues = [SimQueue(self, queue_id, info.queue_depth) for queue_id in range(info.nr_hw_queues)]
         self.mutex = SimMutex(f"of device {info.dev_id}")
         self.disk: SimDisk | None = None

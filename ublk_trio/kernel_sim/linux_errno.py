@@ -12,6 +12,7 @@ from typing import Final
 _LINUX: Final = {
     "EIO": 5,
     "EBADE": 52,
+    "EREMCHG": 78,
     "EREMOTEIO": 121,
     "ENODATA": 61,
     "ETIME": 62,
@@ -50,6 +51,7 @@ SURVIVING: Final = frozenset(
             "EBUSY",
             "EAGAIN",
             "ENODEV",
+            "EREMCHG",
             "ETOOMANYREFS",
             "EOVERFLOW",
             "ETIME",

@@ -1,13 +1,15 @@
 """A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
 
-**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that
-wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; requests that fail, are
-held or are reissued when the server goes.
-**Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands
-(EOPNOTSUPP).
+**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA, REGISTER_IO_BUF and UNREGISTER_IO_BUF with their checks in the
+order of the release; the rules for addresses and tasks; AUTO_BUF_REG; requests that end only when nobody uses their data
+any more; requests that wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT;
+requests that fail, are held or are reissued when the server goes.
+**Rejected.** EINVAL, EBUSY, ENODEV, EOPNOTSUPP as the checks have it; an unknown number, batch commands among them: EINVAL.
 **Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
 rest of a READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE
-is copied to the server when it reaps the completion: the latest moment that Linux allows.
+is copied to the server when it reaps the completion: the latest moment that Linux allows. A word for AUTO_BUF_REG that
+is wrong is refused before anything happens, as since 7.0. To 6.15 each request is delivered in the task of its own tag's
+command, where Linux may deliver several in the first one's.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
 from ublk_trio.kernel_sim import checks
+from ublk_trio.kernel_sim.batch import BatchQueue
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.registered import RequestBuffer
 from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
 _ZONE_APPEND = int(IoOp.ZONE_APPEND)
+_SHMEM_ZC = int(IoFlag.SHMEM_ZC)
 _INTEGRITY = int(IoFlag.INTEGRITY)
 _NEED_REG_BUF = int(IoFlag.NEED_REG_BUF)
 _AUTO_FALLBACK = int(AutoBufRegFlag.FALLBACK)
@@ -103,6 +107,9 @@ class SimQueue:
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
         self._has_tag_daemons = version >= (6, 16)
+        #: Shared memory that the server registered, where requests' data may lie.
+        self.shmem = device.shmem if flags & Feature.SHMEM_ZC else None
+        self.batch = BatchQueue(self) if flags & Feature.BATCH_IO else None
         #: What raw rings delivered, by tag: what a mapping of the descriptors shows.
         self.descriptors: dict[int, bytes] = {}
         #: Before each tag had its own: the task that sent the queue's last FETCH_REQ.
@@ -175,14 +182,14 @@ class SimQueue:
         if self._checks_as_until_6_16:
             return self._command_until_6_16(ring, command, tag_number, result, address, auto_buffer)
         if command == _UNREGISTER_IO_BUF:
-            return self._unregister(ring, address)
+            return self.unregister(ring, address)
         if tag_number >= self.depth:
             return -errno.EINVAL
         tag = self.tags[tag_number]
         if command == _FETCH_REQ:
-            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
+            return self._address_refused(address, auto_buffer) or self.fetch(ring, tag, address, auto_buffer)
         if tag.task != ring.task:
-            return self._register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
+            return self.register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EBUSY
         if bool(tag.flags & NEED_GET_DATA) != (command == _NEED_GET_DATA):
@@ -192,7 +199,7 @@ class SimQueue:
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
         if command == _REGISTER_IO_BUF:
-            return self._register(ring, tag, address)
+            return self.register(ring, tag, address)
         return -errno.EINVAL
 
     def _command_until_6_16(
@@ -215,7 +222,7 @@ class SimQueue:
         if command == _FETCH_REQ:
             if self.ready:
                 return -errno.EBUSY
-            return self._address_refused(address, auto_buffer) or self._fetch(ring, tag, address, auto_buffer)
+            return self._address_refused(address, auto_buffer) or self.fetch(ring, tag, address, auto_buffer)
         if not tag.flags & OWNED_BY_SRV:
             return -errno.EINVAL
         if command == _COMMIT_AND_FETCH_REQ:
@@ -223,9 +230,9 @@ class SimQueue:
         if command == _NEED_GET_DATA:
             return self._get_data(ring, tag, address)
         if command == _REGISTER_IO_BUF:
-            return self._register(ring, tag, address)
+            return self.register(ring, tag, address)
         if command == _UNREGISTER_IO_BUF:
-            return self._unregister(ring, address)
+            return self.unregister(ring, address)
         return -errno.EINVAL
 
     def _address_refused(self, address: int, auto_buffer: int) -> int:
@@ -237,7 +244,8 @@ class SimQueue:
         """Whether the word has bits that mean nothing: all above the index but FALLBACK."""
         return self.auto_buf_reg and bool(auto_buffer >> 16 & ~_AUTO_FALLBACK)
 
-    def _fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
+    def fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
+        """FETCH_REQ behind the address rules: 0 when it is pending, else a negative errno."""
         device = self.device
         if device.stopping:
             return -errno.ENODEV
@@ -267,11 +275,19 @@ class SimQueue:
                 return -errno.EINVAL
         elif (address and request.op != _ZONE_APPEND) or self._auto_buffer_refused(auto_buffer):
             return -errno.EINVAL
-        self.accept_commit(ring, tag, request, result, address, auto_buffer)
+        self.accept_commit(ring, tag, request, result, address, auto_buffer, zone_lba=address)
         return 0
 
     def accept_commit(
-        self, ring: CommandRing, tag: SimTag, request: Request, result: int, address: int, auto_buffer: int
+        self,
+        ring: CommandRing,
+        tag: SimTag,
+        request: Request,
+        result: int,
+        address: int,
+        auto_buffer: int,
+        *,
+        zone_lba: int,
     ) -> None:
         """The commit was checked: the tag is the driver's again, and the request ends, or its rest comes once more."""
         registered = tag.flags & AUTO_BUF_REG
@@ -286,7 +302,7 @@ class SimQueue:
                 if ring.is_same_ring(tag.auto_ring):
                     ring.unregister_buffer(before & 0xFFFF)
             if request.op == _ZONE_APPEND:
-                request.start_sector = address
+                request.start_sector = zone_lba
             if tag.uses:
                 tag.committed = True
                 tag.result = result
@@ -303,7 +319,7 @@ class SimQueue:
             end = through_block_status(result)
         elif request.op == _READ and not result:
             end = errno.EIO
-        elif self.copies and request.op == _READ:
+        elif self.copies and request.op == _READ and not tag.shared:
             moved = ring.copy_from(tag.address, request.view[: min(result, request.length)])
             end = request.advance(moved) if moved else errno.EIO
         elif not self.short_is_whole and (request.op == _READ or request.op == _WRITE):
@@ -324,6 +340,8 @@ class SimQueue:
         tag.flags = ACTIVE | NEED_GET_DATA
         tag.ring = ring
         tag.address = address
+        # The descriptor gets this address, even if it is flagged as one of shared memory.
+        tag.shared_address = None
         if ring.paranoid:
             self._take_buffer(ring, tag, 0)
         ring.post(tag.tag)
@@ -362,7 +380,7 @@ class SimQueue:
         assert request is not None
         return RequestBuffer(request.view, fills=request.op in FILLED_BY_SERVER, release=lambda: self.let_go(tag))
 
-    def _register(self, ring: CommandRing, tag: SimTag, index: int) -> int:
+    def register(self, ring: CommandRing, tag: SimTag, index: int) -> int:
         """REGISTER_IO_BUF; since 6.17 from any task, even for a tag that was committed while other references remain."""
         if not self.zero_copy or not self.hold(tag):
             return -errno.EINVAL
@@ -371,7 +389,7 @@ class SimQueue:
             self.let_go(tag)
         return refused or ENDED
 
-    def _unregister(self, ring: CommandRing, index: int) -> int:
+    def unregister(self, ring: CommandRing, index: int) -> int:
         """UNREGISTER_IO_BUF: of whatever tag, or another device's."""
         if not self.zero_copy:
             return -errno.EINVAL
@@ -387,15 +405,19 @@ class SimQueue:
         tag = self.tags[tag_number]
         request = tag.request
         assert request is not None, f"queue {self.queue_id}: nothing to deliver on {tag!r}"
+        if self.shmem is not None and not tag.flags & NEED_GET_DATA:
+            tag.shared_address = self.shmem.match(request) if self.has_data(tag) else None
+            tag.shared = tag.shared_address is not None
         if request.op == _WRITE and self.copies:
             if self.need_get_data and not tag.flags & NEED_GET_DATA:
                 tag.flags = OWNED_BY_SRV | NEED_GET_DATA
                 return 1
             if tag.poisoned_bytes >= 0:
                 self._give_back_buffer(ring, tag)
-            copied = ring.copy_to(tag.address, request.view)
-            if copied != request.length and not self._copied_in_part(ring, tag, copied):
-                return None
+            if not tag.shared:
+                copied = ring.copy_to(tag.address, request.view)
+                if copied != request.length and not self._copied_in_part(ring, tag, copied):
+                    return None
         elif tag.poisoned_bytes >= 0:
             self._give_back_buffer(ring, tag)
         elif self.auto_buf_reg and self.has_data(tag):
@@ -443,16 +465,22 @@ class SimQueue:
         request = tag.request
         assert request is not None
         return IoDesc(
-            op_flags=request.op_flags | tag.delivered_flags | (_INTEGRITY if request.metadata is not None else 0),
+            op_flags=request.op_flags
+            | tag.delivered_flags
+            | (_INTEGRITY if request.metadata is not None else 0)
+            | (_SHMEM_ZC if tag.shared else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
-            addr=tag.address,
+            addr=tag.address if tag.shared_address is None else tag.shared_address,
         ).pack()
 
     # ------------------------------------------------------------------ the end of a server
 
     def cancel_idle(self) -> None:
         """Complete every idle command with ABORT (STOP_DEV and its kin; the disk is gone, so nothing is on its way)."""
+        if self.batch is not None:
+            self.batch.cancel()
+            return
         for tag in self.tags:
             if tag.flags & ACTIVE and not tag.flags & CANCELED and tag.request is None:
                 tag.flags |= CANCELED
@@ -505,7 +533,8 @@ class SimQueue:
         reissued = []
         for tag in self.tags:
             request = tag.request
-            if request is None or not tag.flags & OWNED_BY_SRV:
+            # In batches what nobody fetched is the server's, too.
+            if request is None or not (tag.flags & OWNED_BY_SRV or self.batch is not None):
                 continue
             if tag.uses:
                 # Only before 6.15, where nobody waits for those who copy: the last of them ends the request.
@@ -542,6 +571,8 @@ class SimQueue:
         self._free = list(range(self.depth - 1, -1, -1))
         self.fetched = 0
         self.daemon = None
+        if self.batch is not None:
+            self.batch.reset()
 
     # ------------------------------------------------------------------ who may touch which buffer
 

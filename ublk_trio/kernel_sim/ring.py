@@ -23,7 +23,7 @@ from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
 from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics
-from ublk_trio.uapi import ControlCommand, IoCommand
+from ublk_trio.uapi import ControlCommand, Feature, IoCommand
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -110,7 +110,7 @@ class SimCharDevice:
         self._refusal = 0
         if ioctl_encoded and kernel.version < (6, 4):
             self._refusal = -errno.EINVAL
-        elif not ioctl_encoded and not kernel.legacy_opcodes:
+        elif (not ioctl_encoded and not kernel.legacy_opcodes) or device.info.flags & Feature.BATCH_IO:
             self._refusal = -errno.EOPNOTSUPP
         device.char = self
         device.opener_pid = device.kernel.server_pid

@@ -60,6 +60,8 @@ class SimTag:
         "result",
         "ring",
         "sectors_copied",
+        "shared",
+        "shared_address",
         "tag",
         "task",
         "uses",
@@ -86,6 +88,9 @@ class SimTag:
         #: AUTO_BUF_REG: the word that the last command carried, and where the request's buffer was registered.
         self.auto_buffer = 0
         self.auto_ring: CommandRing | None = None
+        #: The request's data lies in memory that it shares with the server: where, as the descriptor says it.
+        self.shared = False
+        self.shared_address: int | None = None
         #: What delivery adds to the request's flags.
         self.delivered_flags = 0
         #: The daemon: who fetched it.

@@ -9,39 +9,71 @@ that takes no commands, EINVAL for a multishot command without a group of buffer
 **Differs from Linux.** A completion that the kernel makes for a task (*task work*) becomes visible at that task's next
 submit or reap, where Linux may interrupt the task. No linked, drained or fixed-file entries, no other operations.
 
-Where a kernel is free, Choices decides, by these names: ``submit-eagain``, ``submit-short``, ``task-work-next``,
-``task-work-later``, ``reap-left-behind``, ``cancel-late``, ``wait-interrupted``, ``spurious-wake-up``.
+Where a kernel is free, Choices decides, by the names in `RING_CHOICES`.
 """
 
 from __future__ import annotations
 
 import errno
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 import attrs
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim import batch
+from ublk_trio.kernel_sim.batch import BatchQueue, FetchCommand
 from ublk_trio.kernel_sim.control import Call, execute
 from ublk_trio.kernel_sim.process import ByteFile, CharFile, ControlFile, SimFile
 from ublk_trio.kernel_sim.queue import BAD_OPCODE, ENDED, UNKNOWN_COMMAND, CommandRing
 from ublk_trio.kernel_sim.registered import BufferTable, RequestBuffer
-from ublk_trio.uapi import ControlCmd, ControlCommand, IoCmd, IoCommand, control_opcode, split_opcode
+from ublk_trio.uapi import (
+    BatchIo,
+    ControlCmd,
+    ControlCommand,
+    Feature,
+    IoCmd,
+    IoCommand,
+    control_opcode,
+    io_opcode,
+    split_opcode,
+)
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.process import SimTask
     from ublk_trio.kernel_sim.queue import SimQueue
 
 _IOCTL_TYPE: Final = ord("u")
+_PREP_IO_CMDS: Final = io_opcode(IoCommand.PREP_IO_CMDS, ioctl_encoded=True)
+_COMMIT_IO_CMDS: Final = io_opcode(IoCommand.COMMIT_IO_CMDS, ioctl_encoded=True)
+_FETCH_IO_CMDS: Final = io_opcode(IoCommand.FETCH_IO_CMDS, ioctl_encoded=True)
+_REGISTER_IO_BUF: Final = io_opcode(IoCommand.REGISTER_IO_BUF, ioctl_encoded=True)
+_UNREGISTER_IO_BUF: Final = io_opcode(IoCommand.UNREGISTER_IO_BUF, ioctl_encoded=True)
 _GET_FEATURES: Final = control_opcode(ControlCommand.GET_FEATURES, ioctl_encoded=True)
 _CAN_BE_PENDING: Final = frozenset({IoCommand.FETCH_REQ, IoCommand.COMMIT_AND_FETCH_REQ, IoCommand.NEED_GET_DATA})
 #: ``IORING_CQE_F_BUFFER`` and ``IORING_CQE_F_MORE``; a buffer's id stands above.
 CQE_BUFFER: Final = 1
 CQE_MORE: Final = 2
 CQE_BUFFER_SHIFT: Final = 16
+
+
+#: What a kernel is free to do to the user of a ring, by the name of the choice.
+RING_CHOICES: Mapping[str, str] = MappingProxyType(
+    {
+        "submit-eagain": "no memory for a single entry: nothing is taken, EAGAIN",
+        "submit-short": "memory for the first entries only: the others are not taken",
+        "task-work-later": "what the kernel has for the task to do waits for its next call",
+        "task-work-next": "it is done in another order than it came in",
+        "reap-left-behind": "a reap finds only the first of the completions, or none",
+        "cancel-late": "a control command hears of its cancellation only at the next call",
+        "wait-interrupted": "a signal ends a wait: EINTR",
+        "spurious-wake-up": "a wait ends although there is nothing",
+    }
+)
 
 
 class UringOp(IntEnum):
@@ -97,8 +129,8 @@ class QueueCommands:
         self.kernel_holds: dict[int, int] = {}
         #: The user data of each tag's pending command.
         self.pending: dict[int, int] = {}
+        self.memory = ring.task.process.memory
         self._file = file
-        self._memory = ring.task.process.memory
 
     def send(self, command: int, user_data: int, io: IoCmd, auto_buffer: int) -> int | None:
         """Carry out a command: its result, or None when it is pending."""
@@ -119,6 +151,11 @@ class QueueCommands:
             self.pending[io.tag] = before
         self._file.put()
         return result
+
+    def register(self, io: IoCmd) -> int:
+        """REGISTER_IO_BUF without a look at the task: its result."""
+        result = self.queue.register(self, self.queue.tags[io.tag], io.addr)
+        return 0 if result == ENDED else result
 
     def post(self, tag: int) -> None:
         self.ring.add_work(lambda: self._deliver(tag))
@@ -145,12 +182,12 @@ class QueueCommands:
         self.ring.kernel.drop(self._file.put)
 
     def copy_to(self, address: int, data: memoryview) -> int:
-        target = self._memory.available(address, len(data))
+        target = self.memory.available(address, len(data))
         target[:] = data[: len(target)]
         return len(target)
 
     def copy_from(self, address: int, data: memoryview) -> int:
-        source = self._memory.available(address, len(data))
+        source = self.memory.available(address, len(data))
         data[: len(source)] = source
         return len(source)
 
@@ -171,6 +208,61 @@ class QueueCommands:
         for _ in self.pending:
             self.ring.kernel.drop(self._file.put)
         self.pending.clear()
+
+
+class BatchCommands(QueueCommands):
+    """The same for a device with batch commands: tags belong to no task, and nothing is pending but FETCH_IO_CMDS."""
+
+    def __init__(self, ring: SimUring, file: CharFile, queue: SimQueue, batch: BatchQueue) -> None:
+        super().__init__(ring, file, queue)
+        self.task = None
+        self._batch = batch
+        self._fetches = 0
+
+    def start(self, sqe: Sqe, io: BatchIo) -> int | None:
+        """One of the three: its result, or None when it is pending, or ended with a completion of its own."""
+        if sqe.cmd_op != _FETCH_IO_CMDS:
+            handle = batch.prepare if sqe.cmd_op == _PREP_IO_CMDS else batch.commit
+            return batch.refused(self.queue, io) or handle(self.queue, self, io, sqe.addr)
+        refused = batch.fetch_refused(io, multishot=sqe.multishot)
+        if refused:
+            return refused
+        self._fetches += 1
+        self._file.get()
+        self._batch.attach(FetchCommand(self, sqe.user_data, sqe.buf_index))
+        return None
+
+    def fetch_ended(self) -> None:
+        """A FETCH_IO_CMDS had its last completion."""
+        self._fetches -= 1
+        self.ring.kernel.drop(self._file.put)
+
+    def prepare_delivery(self, number: int) -> bool:
+        """Do for a tag what its own command would do; False when its request cannot be delivered now."""
+        tag = self.queue.tags[number]
+        tag.sectors_copied = -1
+        tag.delivered_flags = 0
+        if self.queue.deliver(self, number) is None:
+            return False
+        self.queue.descriptors[number] = self.queue.descriptor(tag)
+        return True
+
+    def post(self, tag: int) -> None:
+        self._batch.post(tag)
+
+    def post_later(self, tag: int) -> None:
+        self.ring.add_work(lambda: self._batch.post(tag), later=True)
+
+    def post_result(self, tag: int, result: int) -> None:
+        raise AssertionError("no tag has a command of its own")
+
+    def close(self) -> None:
+        if self._fetches:
+            self.queue.device.set_canceling()
+            self._batch.ring_closed(self)
+            for _ in range(self._fetches):
+                self.ring.kernel.drop(self._file.put)
+            self._fetches = 0
 
 
 class _ControlCommand:
@@ -219,6 +311,8 @@ class SimUring:
         self.table = BufferTable(0)
         #: What fixed reads and writes under way use.
         self._moving: list[tuple[RequestBuffer, SimFile]] = []
+        #: The provided buffers of each group, as (id, address, length), in the order in which they are used.
+        self._groups: dict[int, deque[tuple[int, int, int]]] = {}
         self._queues: dict[tuple[CharFile, int], QueueCommands] = {}
         self._lot = trio.lowlevel.ParkingLot()
         self._came_back_empty = False
@@ -282,6 +376,8 @@ class SimUring:
         if isinstance(sqe.file, ControlFile):
             return self._control(sqe)
         if isinstance(sqe.file, CharFile):
+            if sqe.file.device.info.flags & Feature.BATCH_IO:
+                return self._batch(sqe, sqe.file)
             return self._per_tag(sqe, sqe.file)
         return -errno.EOPNOTSUPP
 
@@ -347,12 +443,71 @@ class SimUring:
             io = attrs.evolve(io, q_id=0, tag=0)
         if io.q_id >= len(device.queues):
             return -errno.EINVAL
-        commands = self._queues.get((file, io.q_id))
-        if commands is None:
-            commands = self._queues[file, io.q_id] = QueueCommands(self, file, device.queues[io.q_id])
+        commands = self._commands(file, io.q_id)
         if kernel.log is not None:
             kernel.log.append(("command", device.dev_id, io.q_id, io.tag, command, io.result))
         return commands.send(command, sqe.user_data, io, sqe.addr)
+
+    def _commands(self, file: CharFile, queue_id: int) -> QueueCommands:
+        commands = self._queues.get((file, queue_id))
+        if commands is None:
+            queue = file.device.queues[queue_id]
+            if queue.batch is None:
+                commands = QueueCommands(self, file, queue)
+            else:
+                commands = BatchCommands(self, file, queue, queue.batch)
+            self._queues[file, queue_id] = commands
+        return commands
+
+    def _batch(self, sqe: Sqe, file: CharFile) -> int | None:
+        """A command to a device with BATCH_IO: opcodes must be right in every bit."""
+        device = file.device
+        if sqe.cmd_op in (_PREP_IO_CMDS, _COMMIT_IO_CMDS, _FETCH_IO_CMDS):
+            # Whatever flags: unknown ones are refused in their turn.
+            queue_id, flags, nr_elem, elem_bytes, *_ = BatchIo.LAYOUT.unpack(
+                self._command_area(sqe, BatchIo.LAYOUT.size)
+            )
+            if queue_id >= len(device.queues):
+                return -errno.EINVAL
+            commands = self._commands(file, queue_id)
+            assert isinstance(commands, BatchCommands)
+            if self.kernel.log is not None:
+                self.kernel.log.append(("batch", device.dev_id, queue_id, sqe.cmd_op & 0xFF, nr_elem))
+            return commands.start(sqe, BatchIo(q_id=queue_id, flags=flags, nr_elem=nr_elem, elem_bytes=elem_bytes))
+        io = IoCmd.unpack(self._command_area(sqe, IoCmd.LAYOUT.size))
+        if sqe.cmd_op == _UNREGISTER_IO_BUF:
+            return self._commands(file, 0).send(IoCommand.UNREGISTER_IO_BUF, sqe.user_data, io, 0)
+        if io.q_id >= len(device.queues) or io.tag >= device.info.queue_depth:
+            return -errno.EINVAL
+        if sqe.cmd_op != _REGISTER_IO_BUF:
+            return -errno.EOPNOTSUPP
+        # For a tag without a task everybody is off the daemon.
+        return self._commands(file, io.q_id).register(io)
+
+    # ------------------------------------------------------------------ provided buffers
+
+    def register_buffer_ring(self, group: int, buffers: Sequence[tuple[int, int]]) -> None:
+        """Provide buffers, as (address, length): their ids are 0, 1, …. Raises `KernelError` EEXIST for a group that there is."""
+        if group in self._groups:
+            raise self._error(errno.EEXIST)
+        self._groups[group] = deque((number, address, length) for number, (address, length) in enumerate(buffers))
+
+    def provide_buffer(self, group: int, buffer_id: int, address: int, length: int) -> None:
+        """Give a buffer, used up or new, to the kernel."""
+        self._groups[group].append((buffer_id, address, length))
+
+    def select_buffer(self, group: int) -> tuple[int, int, int] | None:
+        """The next buffer of the group, which stays where it is until a completion names it."""
+        buffers = self._groups.get(group)
+        return buffers[0] if buffers else None
+
+    def post_more(self, user_data: int, result: int, group: int, buffer_id: int) -> bool:
+        """A completion of a command that goes on, and uses a buffer up. False when the completion queue is full."""
+        if self._overflowed or len(self._completions) >= self.cq_entries:
+            return False
+        self._groups[group].popleft()
+        self.post_cqe(user_data, result, CQE_MORE | CQE_BUFFER | buffer_id << CQE_BUFFER_SHIFT)
+        return True
 
     # ------------------------------------------------------------------ registered buffers
 

@@ -20,14 +20,16 @@ from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 
 Release = tuple[int, int]
 
-#: The features whose behaviour the simulator has. The others come as they are written: user copy, zero copy, …
+#: The features whose behaviour the simulator has.
 MODELLED = (
     Feature.URING_CMD_COMP_IN_TASK
     | Feature.NEED_GET_DATA
     | Feature.SUPPORT_ZERO_COPY
     | Feature.USER_COPY
     | Feature.AUTO_BUF_REG
+    | Feature.BATCH_IO
     | Feature.INTEGRITY
+    | Feature.SHMEM_ZC
     | Feature.USER_RECOVERY
     | Feature.USER_RECOVERY_REISSUE
     | Feature.UNPRIVILEGED_DEV
@@ -70,6 +72,8 @@ COMMAND_RELEASE: Mapping[ControlCommand, Release] = MappingProxyType(
         ControlCommand.UPDATE_SIZE: (6, 16),
         ControlCommand.QUIESCE_DEV: (6, 16),
         ControlCommand.TRY_STOP_DEV: (7, 0),
+        ControlCommand.REG_BUF: (7, 1),
+        ControlCommand.UNREG_BUF: (7, 1),
     }
 )
 
