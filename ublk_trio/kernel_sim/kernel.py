@@ -2,7 +2,7 @@
 
 **Supported.** `ring.Kernel` whole; several devices, several control rings; commands that the kernel holds, resumed as
 soon as what they wait for has come, in an order that Choices decides. **Rejected.** See `control`, `queue`, `block`.
-**Differs from Linux.** See there; besides: nothing takes time, and one server process opens every char device, with
+**Differs from Linux.** See there; besides: nothing takes time but `SimKernel.let_time_pass`, and one server process opens every char device, with
 `server_pid`.
 
 Nothing here is a task. What a call changes is worked off, to the end, before the call returns: `changed` resumes held
@@ -24,6 +24,7 @@ from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
+from ublk_trio.kernel_sim.clock import SimClock
 from ublk_trio.kernel_sim.control import Held, Steps
 from ublk_trio.kernel_sim.device import SimDevice, SimMutex
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
@@ -59,6 +60,8 @@ class SimKernel:
         assert cpus > 0
         self.choices = choices if choices is not None else FirstChoice()
         self.version = KernelVersion.of(version)
+        #: Moved by `let_time_pass` alone.
+        self.clock = SimClock()
         self.cpus = cpus
         offered = self.version.features & MODELLED
         self.features = offered if features is None else offered & features
@@ -154,6 +157,13 @@ class SimKernel:
                 if disk is not None:
                     found += [f"unfinished operation: {bio}" for bio in sorted(disk.bios, key=lambda bio: bio.number)]
         return found
+
+    def let_time_pass(self, seconds: float) -> None:
+        """The machine's clock goes on; what has a time limit meets it. Nothing else moves this clock."""
+        if self.log is not None:
+            self.log.append(("time", seconds))
+        self.clock.advance(seconds)
+        self.changed()
 
     def crash_server(self, dev_id: int) -> None:
         """The device's server is killed: its rings and its char device close. Whoever still waits on a ring gets `trio.ClosedResourceError`."""
