@@ -21,8 +21,11 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from ublk_trio.kernel_sim import params
-from ublk_trio.kernel_sim.device import SimDevice, Wait
+from ublk_trio.kernel_sim.block.limits import limits_of
+from ublk_trio.kernel_sim.block.mapping import queue_of_cpu
+from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.version import ALWAYS_GRANTED
+from ublk_trio.kernel_sim.wait import Wait
 from ublk_trio.uapi import (
     ANY_DEVICE_ID,
     FEATURES_LEN,
@@ -339,7 +342,12 @@ def _start(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
             return -errno.EEXIST
         if device.stopping:
             return -errno.EBUSY
+        if limits_of(device.params, kernel.version) is None:
+            return -errno.EINVAL
         disk = device.start(pid)
+        if disk.zones is not None and (refused := (yield from disk.zones.revalidate())):
+            yield from device.stop()
+            return refused
         if not kernel.partition_scan or device.info.flags & Feature.NO_AUTO_PART_SCAN:
             return 0
         scan = disk.scan_partitions()
@@ -413,7 +421,8 @@ def _get_affinity(kernel: SimKernel, device: SimDevice, call: Call) -> int:
     queues = len(device.queues)
     if call.data >= queues:
         return -errno.EINVAL
-    mask = sum(1 << cpu for cpu in range(kernel.cpus) if cpu % queues == call.data)
+    mapping = queue_of_cpu(cpus=kernel.cpus, queues=queues, version=kernel.version)
+    mask = sum(1 << cpu for cpu, queue in enumerate(mapping) if queue == call.data)
     call.answer(mask.to_bytes(max(call.length, kernel.cpus // 8 + 1), "little")[: call.length])
     return 0
 

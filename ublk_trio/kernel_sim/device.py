@@ -9,13 +9,14 @@ START_DEV or STOP_DEV holds the device's mutex.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 import attrs
 
 from ublk_trio.kernel_sim.block import SimDisk
 from ublk_trio.kernel_sim.queue import SimQueue
+from ublk_trio.kernel_sim.wait import Wait
 from ublk_trio.uapi import DeviceState, DevInfo, Params
 
 if TYPE_CHECKING:
@@ -43,15 +44,6 @@ class SimMutex:
 
     def __str__(self) -> str:
         return f"the mutex {self.name}"
-
-
-@attrs.frozen
-class Wait:
-    """What a held command waits for. ``interruptible``: its ring's exit ends the wait, and the command gets True sent."""
-
-    what: object
-    ready: Callable[[], bool]
-    interruptible: bool = False
 
 
 class SimDevice:

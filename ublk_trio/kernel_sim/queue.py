@@ -1,22 +1,20 @@
-"""A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
+"""The driver's side of a hardware queue: the requests on its tags, and the rules for every per-tag command.
 
-**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; requests that
-wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT; server death without
-recovery.
+**Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ and NEED_GET_DATA with their checks in the driver's order; the rest of a
+short READ delivered again before all others; ABORT; server death without recovery.
 **Rejected.** REGISTER_IO_BUF (EINVAL) and UNREGISTER_IO_BUF (EINVAL, as without ZERO_COPY), batch commands
 (EOPNOTSUPP).
-**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
-rest of a READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE
+**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The data of a WRITE
 is copied to the server when it reaps the completion: the latest moment that Linux allows.
 """
 
 from __future__ import annotations
 
 import errno
-from collections import deque
 from typing import TYPE_CHECKING
 
 from ublk_trio.kernel_sim import checks
+from ublk_trio.kernel_sim.block.tags import HardwareQueue
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.tag import ACTIVE, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
 from ublk_trio.ring import NO_SLOT
@@ -31,23 +29,19 @@ _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
 
 
-class SimQueue:
+class SimQueue(HardwareQueue):
     """One of a device's queues, kernel side."""
 
     def __init__(self, device: SimDevice, queue_id: int, depth: int) -> None:
+        super().__init__(depth, device.kernel.choices, only_one=device.info.nr_hw_queues == 1)
         self.device = device
         self.queue_id = queue_id
-        self.depth = depth
         self.tags = [SimTag(tag) for tag in range(depth)]
         self.need_get_data = bool(device.info.flags & Feature.NEED_GET_DATA)
         self.short_write_is_whole = device.kernel.version.short_write_is_whole
         self.fetched = 0
         #: The server is going or gone: requests are not delivered any more.
         self.canceling = False
-        #: Requests that found no free tag.
-        self.waiting: deque[Request] = deque()
-        self._free = list(range(depth - 1, -1, -1))
-        self._choices = device.kernel.choices
 
     @property
     def ready(self) -> bool:
@@ -55,34 +49,18 @@ class SimQueue:
 
     # ------------------------------------------------------------------ from the block layer
 
-    def submit(self, request: Request) -> None:
-        """A new request: give it a tag, or let it wait for one."""
-        if self._free:
-            self._dispatch(request)
-        else:
-            self.waiting.append(request)
-
     def _dispatch(self, request: Request) -> None:
-        free = self._free
+        tag = self.tags[request.tag]
         if self.canceling:
             # Without recovery; with it (later) the request would be held here.
+            if not request.keeps_tag:
+                self.give_back(request)
             request.end(errno.EIO)
             return
-        if self._choices.calm or len(free) == 1:
-            tag = self.tags[free.pop()]
-        else:
-            tag = self.tags[free.pop(-1 - self._choices.choose("tag", len(free)))]
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
         tag.ring.post(tag.tag)
-
-    def _release(self, tag: SimTag) -> None:
-        """The tag's request is over, or goes back to the line."""
-        tag.request = None
-        self._free.append(tag.tag)
-        while self.waiting and self._free:
-            self._dispatch(self.waiting.popleft())
 
     # ------------------------------------------------------------------ per-tag commands
 
@@ -154,8 +132,7 @@ class SimQueue:
         if not self.need_get_data:
             self._take_buffer(ring, tag, moved)
         if end is None:
-            self.waiting.appendleft(request)
-            self._release(tag)
+            self._requeue(tag)
         else:
             self._release(tag)
             request.end(end)
@@ -227,11 +204,9 @@ class SimQueue:
 
     def reset(self) -> None:
         """Ready for a new server's FETCH_REQs."""
-        assert not self.waiting
-        assert len(self._free) == self.depth, f"queue {self.queue_id}: tags still in use at reset"
         for tag in self.tags:
+            assert tag.request is None, f"queue {self.queue_id}: {tag!r} still in use at reset"
             tag.reset()
-        self._free = list(range(self.depth - 1, -1, -1))
         self.fetched = 0
         self.canceling = False
 

@@ -126,3 +126,18 @@ class KernelVersion:
     def scans_partitions_later(self) -> bool:
         """START_DEV may return before the partition scan has read anything (7.0)."""
         return self.release >= (7, 0)
+
+    @property
+    def default_request_bytes_max(self) -> int:
+        """Linux's own cap on a READ or WRITE: 1280 KiB, 4 MiB from 6.17."""
+        return 4 << 20 if self.release >= (6, 17) else 1280 << 10
+
+    @property
+    def io_opt_raises_requests(self) -> bool:
+        """A larger optimal or minimal I/O size raises that cap (6.11)."""
+        return self.release >= (6, 11)
+
+    @property
+    def groups_cpus(self) -> bool:
+        """Neighbouring CPUs share a hardware queue; before, the queues took turns (6.3)."""
+        return self.release >= (6, 3)
