@@ -23,7 +23,7 @@ import trio
 from ublk_trio.kernel_sim.block.bio import Bio
 from ublk_trio.kernel_sim.linux_errno import number as linux_errno
 from ublk_trio.kernel_sim.wait import Wait
-from ublk_trio.uapi import SECTOR_SHIFT, BlkZone, Feature, IoOp
+from ublk_trio.uapi import BlkZone, Feature, IoOp
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block.disk import SimDisk
@@ -115,8 +115,7 @@ class _Operations:
         """What is submitted inside is held back, adjacent operations are merged, and all goes out at the end, or when somebody
         waits for an operation."""
         disk = self._live_disk()
-        plug, self._plug = disk.plug(cpu), None
-        self._plug = plug
+        plug = self._plug = disk.plug(cpu)
         try:
             yield
         finally:
@@ -378,6 +377,3 @@ class SimBlockFile(_Operations):
         if op == _WRITE:
             return -errno.ENOSPC if bio.length else 0
         return -errno.EINVAL
-
-
-assert 1 << SECTOR_SHIFT == 512

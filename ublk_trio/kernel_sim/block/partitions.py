@@ -179,7 +179,7 @@ def _gpt_table(scan: PartitionScan, place: int) -> Generator[Wait, bool, tuple[i
     header = yield from scan.blocks(place, block)
     if header is None:
         return None
-    (signature, _, header_bytes, checksum, own, other, first, last, entries_at, number, entry_bytes, entries_sum) = (
+    (signature, _, header_bytes, checksum, own, other, first, last, _, entries_at, number, entry_bytes, entries_sum) = (
         _GPT_HEADER.unpack_from(header)
     )
     if signature != _GPT_SIGNATURE or not _GPT_HEADER.size <= header_bytes <= block:
