@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Generator
 
 import pytest
 import trio
@@ -10,6 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.sim.mini import basic_params, live, machine
 from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.wait import Wait
 from ublk_trio.uapi import BasicAttr, ControlCommand, IoOp, ParamsDiscard
 
 READ, WRITE, FLUSH, DISCARD, WRITE_ZEROES = IoOp.READ, IoOp.WRITE, IoOp.FLUSH, IoOp.DISCARD, IoOp.WRITE_ZEROES
@@ -144,7 +146,7 @@ async def test_a_frozen_disk_lets_nothing_in() -> None:
         event = device.queue.event()
         frozen = []
 
-        def freeze():  # type: ignore[no-untyped-def]
+        def freeze() -> Generator[Wait, bool, int]:
             yield from disk.freeze()
             frozen.append(True)
             return 0

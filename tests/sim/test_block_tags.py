@@ -37,7 +37,7 @@ async def test_waiting_is_in_the_order_of_arrival() -> None:
 async def test_choices_may_wake_another() -> None:
     """Linux's wait queues are not one line: another of the first eight may be served first, the ninth not."""
     for waiters, expected in ((3, 3), (12, 8)):
-        asked = []
+        asked: list[int] = []
 
         def draw(what: str, options: int, asked: list[int] = asked) -> int:
             if what == "waiter":
