@@ -75,10 +75,11 @@ def tag_page() -> str:
 def _simulator_modules() -> list[str]:
     """A section for each module that says what it supports: its docstring as it stands."""
     lines: list[str] = []
-    for info in pkgutil.iter_modules(kernel_sim.__path__):
-        text = inspect.getdoc(importlib.import_module(f"{kernel_sim.__name__}.{info.name}")) or ""
+    prefix = f"{kernel_sim.__name__}."
+    for info in pkgutil.walk_packages(kernel_sim.__path__, prefix):
+        text = inspect.getdoc(importlib.import_module(info.name)) or ""
         if "**Supported.**" in text:
-            lines += [f"## {info.name}", "", text, ""]
+            lines += [f"## {info.name.removeprefix(prefix)}", "", text, ""]
     return lines
 
 

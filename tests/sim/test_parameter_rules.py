@@ -274,5 +274,5 @@ async def test_start_finds_what_set_did_not_look_at() -> None:
         held.params = Params(basic=BASIC, dma_align=ParamsDmaAlign(alignment=8191))
         assert await m.start() == -errno.EINVAL
         assert not device.disk.exists
-        held.params = Params(basic=ZONED_BASIC, zoned=attrs.evolve(ZONED, max_open_zones=4))
+        held.params = Params(basic=BASIC, segment=SEGMENT)
         assert await m.start() == 0

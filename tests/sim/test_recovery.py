@@ -200,7 +200,7 @@ async def test_held_requests_come_before_those_that_wait_for_a_tag() -> None:
             event = device.queue.event()
             served.append(event.start_sector)
             device.queue.commit(event.tag, 512)
-        assert served == [1, 0, 2]
+        assert served == [0, 1, 2]
 
 
 async def test_stop_of_a_recovering_device() -> None:

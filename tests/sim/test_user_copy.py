@@ -161,10 +161,7 @@ def test_integrity_data() -> None:
     server = raw_server(raw_kernel(), flags=Feature.USER_COPY | Feature.INTEGRITY, params=params, copies=False)
     disk = server.process.kernel.devices[0].disk
     assert disk is not None
-    bio: Bio = server.disk.submit(IoOp.WRITE, 0, bytes(2048))
-    request = server.process.kernel.devices[0].queues[0].tags[0].request
-    assert request is not None
-    request.metadata = memoryview(bytearray(range(32)))
+    bio: Bio = server.disk.submit(IoOp.WRITE, 0, bytes(2048), metadata=bytes(range(32)))
     tag = server.delivered().user_data
     assert IoFlag.INTEGRITY in server.descriptor(tag).flags
     task = server.tasks[0]
@@ -173,11 +170,11 @@ def test_integrity_data() -> None:
     assert refused(server.char.pread, 1, place(tag, 33, integrity=True), task=task) == errno.EINVAL
     server.commit(tag, 2048)
     assert bio.result == 2048
-    # Another operation without any: there is nothing to copy.
+    # Another operation without any gets as much of zeroes.
     server.disk.submit(IoOp.WRITE, 0, bytes(2048))
     tag = server.delivered().user_data
-    assert IoFlag.INTEGRITY not in server.descriptor(tag).flags
-    assert server.char.pread(100, place(tag, integrity=True), task=task) == b""
+    assert IoFlag.INTEGRITY in server.descriptor(tag).flags
+    assert server.char.pread(100, place(tag, integrity=True), task=task) == bytes(32)
 
 
 def test_fixed_reads_cannot_copy() -> None:

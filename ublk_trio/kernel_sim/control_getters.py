@@ -1,7 +1,7 @@
 """The control commands that only look: GET_FEATURES, GET_DEV_INFO, GET_DEV_INFO2, GET_QUEUE_AFFINITY.
 
 **Supported.** All four, with their checks in the driver's order. **Rejected.** EINVAL: lengths, no address, no such
-queue. **Differs from Linux.** The CPUs belong to the queues in turn, whatever the machine's topology.
+queue. **Differs from Linux.** See `block.mapping`: the machine has no topology.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from ublk_trio.kernel_sim.block.mapping import queue_of_cpu
 from ublk_trio.kernel_sim.call import Call
 from ublk_trio.kernel_sim.control_faults import fails
 from ublk_trio.uapi import FEATURES_LEN, DevInfo
@@ -52,7 +53,8 @@ def get_affinity(kernel: SimKernel, device: SimDevice, call: Call) -> int:
         return -errno.EINVAL
     if fails(kernel, "GET_QUEUE_AFFINITY allocate"):
         return -errno.ENOMEM
-    mask = sum(1 << cpu for cpu in range(kernel.cpus) if cpu % queues == call.data)
+    mapping = queue_of_cpu(cpus=kernel.cpus, queues=queues, version=kernel.version)
+    mask = sum(1 << cpu for cpu, queue in enumerate(mapping) if queue == call.data)
     if fails(kernel, "GET_QUEUE_AFFINITY copy-out"):
         return -errno.EFAULT
     return 0 if call.answer(mask.to_bytes(call.length, "little")) else -errno.EFAULT

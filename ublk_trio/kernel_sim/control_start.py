@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from ublk_trio.kernel_sim import params
+from ublk_trio.kernel_sim.block.limits import limits_of
 from ublk_trio.kernel_sim.call import Call
 from ublk_trio.kernel_sim.control_faults import fails
 from ublk_trio.kernel_sim.device import SimDevice
@@ -60,11 +61,15 @@ def start(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
             return -errno.EEXIST
         if device.stopping:
             return -errno.EBUSY
-        if not params.limits_ok(device.params):
+        if limits_of(device.params, kernel.version) is None:
             return -errno.EINVAL
         if fails(kernel, "START_DEV allocate"):
             return -errno.ENOMEM
-        return (yield from _scan(kernel, device, device.start(pid)))
+        disk = device.start(pid)
+        if disk.zones is not None and (refused := (yield from disk.zones.revalidate())):
+            yield from device.stop()
+            return refused
+        return (yield from _scan(kernel, device, disk))
     finally:
         device.mutex.unlock()
 

@@ -47,7 +47,6 @@ _SECTION_RELEASE: Mapping[ParamType, Release] = MappingProxyType(
 )
 _MAX_SHIFT: Final = 28
 _MIN_SECTORS: Final = 8
-_DMA_ALIGNMENT_MAX: Final = 4096
 _U64_MAX: Final = (1 << 64) - 1
 # A plain number, because what is not a known flag must not vanish.
 _INTEGRITY_FLAGS: Final = int(IntegrityCap.INTEGRITY | IntegrityCap.REFTAG)
@@ -112,21 +111,6 @@ def is_valid(held: bytes, info: DevInfo, *, version: KernelVersion, page_size: i
         and (params.segment is None or _segment_ok(params.segment))
         and (not types & ParamType.INTEGRITY or _integrity_ok(held, info))
     )
-
-
-def limits_ok(params: Params) -> bool:
-    """Whether the block layer makes a disk with these limits, which START_DEV finds out."""
-    segment, zoned = params.segment, params.zoned
-    if segment is not None:
-        boundary = segment.seg_boundary_mask
-        if boundary and boundary < MIN_SEGMENT_SIZE - 1:
-            return False
-        no_virtual_boundary = params.basic is None or not params.basic.virt_boundary_mask
-        if no_virtual_boundary and 0 < segment.max_segment_size < MIN_SEGMENT_SIZE:
-            return False
-    if params.dma_align is not None and params.dma_align.alignment > _DMA_ALIGNMENT_MAX:
-        return False
-    return zoned is None or not zoned.max_active_zones or zoned.max_open_zones <= zoned.max_active_zones
 
 
 def _basic_ok(basic: ParamsBasic, info: DevInfo, *, version: KernelVersion, page_size: int) -> bool:

@@ -1,12 +1,12 @@
-"""A hardware queue: its tags, the requests on them, and the rules for every per-tag command.
+"""The driver's side of a hardware queue: the requests on its tags, and the rules for every per-tag command.
 
 **Supported.** FETCH_REQ, COMMIT_AND_FETCH_REQ, NEED_GET_DATA, REGISTER_IO_BUF and UNREGISTER_IO_BUF with their checks in the
 order of the release; the rules for addresses and tasks; AUTO_BUF_REG; requests that end only when nobody uses their data
-any more; requests that wait for a tag in FIFO order; the rest of a short READ delivered again before all others; ABORT;
+any more; the rest of a short READ delivered again before all others; ABORT;
 requests that fail, are held or are reissued when the server goes.
 **Rejected.** EINVAL, EBUSY, ENODEV, EOPNOTSUPP as the checks have it; an unknown number, batch commands among them: EINVAL.
-**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device. The requeued
-rest of a READ waits for a tag at the head of the line, and in calm runs gets the one that it had. The data of a WRITE
+**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device.
+The data of a WRITE
 is copied to the server when it reaps the completion: the latest moment that Linux allows. A word for AUTO_BUF_REG that
 is wrong is refused before anything happens, as since 7.0. To 6.15 each request is delivered in the task of its own tag's
 command, where Linux may deliver several in the first one's.
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from ublk_trio.kernel_sim import checks
 from ublk_trio.kernel_sim.batch import BatchQueue
+from ublk_trio.kernel_sim.block.tags import HardwareQueue
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.registered import RequestBuffer
 from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
@@ -89,13 +90,13 @@ class CommandRing(Protocol):
         """Whether both are the same io_uring."""
 
 
-class SimQueue:
+class SimQueue(HardwareQueue):
     """One of a device's queues, kernel side."""
 
     def __init__(self, device: SimDevice, queue_id: int, depth: int) -> None:
+        super().__init__(depth, device.kernel.choices, only_one=device.info.nr_hw_queues == 1)
         self.device = device
         self.queue_id = queue_id
-        self.depth = depth
         self.tags = [SimTag(tag) for tag in range(depth)]
         self.need_get_data = bool(device.info.flags & Feature.NEED_GET_DATA)
         #: The driver copies data between requests and the server's buffers.
@@ -125,10 +126,6 @@ class SimQueue:
         self.delivering = True
         #: Requests that wait for a server.
         self.held: deque[Request] = deque()
-        #: Requests that found no free tag.
-        self.waiting: deque[Request] = deque()
-        self._free = list(range(depth - 1, -1, -1))
-        self._choices = device.kernel.choices
 
     @property
     def ready(self) -> bool:
@@ -136,39 +133,15 @@ class SimQueue:
 
     # ------------------------------------------------------------------ from the block layer
 
-    def submit(self, request: Request) -> None:
-        """A new request: give it a tag, or let it wait for one."""
-        if self._free:
-            self._dispatch(request)
-        else:
-            self.waiting.append(request)
-
     def _dispatch(self, request: Request) -> None:
-        free = self._free
+        tag = self.tags[request.tag]
         if not self.delivering:
             self._turn_away(request)
             return
-        if self._choices.calm or len(free) == 1:
-            tag = self.tags[free.pop()]
-        else:
-            tag = self.tags[free.pop(-1 - self._choices.choose("tag", len(free)))]
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
         tag.ring.post(tag.tag)
-
-    def _release(self, tag: SimTag) -> None:
-        """The tag's request is over, or goes back to the line."""
-        tag.request = None
-        self._free.append(tag.tag)
-        while self.waiting and self._free:
-            self._dispatch(self.waiting.popleft())
-
-    def _requeue(self, tag: SimTag) -> None:
-        """The rest of the tag's request is delivered again, before all others."""
-        assert tag.request is not None
-        self.waiting.appendleft(tag.request)
-        self._release(tag)
 
     # ------------------------------------------------------------------ per-tag commands
 
@@ -445,11 +418,11 @@ class SimQueue:
         """The tag's request cannot be delivered by this server; its command stays pending."""
         request = tag.request
         assert request is not None
-        self._release(tag)
+        tag.request = None
         if self.device.holds:
             self.held.append(request)
         else:
-            request.end(errno.EIO)
+            self._fail(request, errno.EIO)
 
     def _copied_in_part(self, ring: CommandRing, tag: SimTag, copied: int) -> bool:
         """Some of a WRITE's data fitted: that much is delivered. None of it: the request comes again later, and so for ever."""
@@ -520,12 +493,10 @@ class SimQueue:
                 tag.flags |= CANCELED
                 if tag.request is not None and not tag.committed:
                     undelivered.append(tag)
-        # Before those that wait for a tag: releasing one turns the next of them away.
         for tag in undelivered:
-            assert tag.request is not None
-            self._turn_away(tag.request)
-        for tag in undelivered:
-            self._release(tag)
+            request, tag.request = tag.request, None
+            assert request is not None
+            self._turn_away(request)
 
     def abort_owned(self) -> None:
         """The server is gone: what it still held fails, or goes to the next one, at the head of the line."""
@@ -540,35 +511,37 @@ class SimQueue:
                 # Only before 6.15, where nobody waits for those who copy: the last of them ends the request.
                 tag.committed, tag.result = True, -errno.EIO
                 continue
-            self._release(tag)
+            tag.request = None
             if self.device.reissues:
                 reissued.append(request)
             else:
-                request.end(errno.EIO)
+                self._fail(request, errno.EIO)
         self.held.extendleft(reversed(reissued))
 
     def _turn_away(self, request: Request) -> None:
-        """The request cannot be delivered: it fails, or is held until it can be."""
+        """The request cannot be delivered: it fails, or is held, with its tag, until it can be."""
         error = self.device.refusal(self)
         if error is None:
             self.held.append(request)
         else:
-            request.end(error)
+            self._fail(request, error)
+
+    def _fail(self, request: Request, error: int) -> None:
+        if not request.keeps_tag:
+            self.give_back(request)
+        request.end(error)
 
     def redispatch(self) -> None:
         """What is held tries again, before all that waits for a tag."""
         self.waiting.extendleft(reversed(self.held))
         self.held.clear()
-        while self.waiting and self._free:
-            self._dispatch(self.waiting.popleft())
+        self._run()
 
     def reset(self) -> None:
         """Ready for a new server's FETCH_REQs; until they have come nothing is delivered."""
-        assert not self.waiting
-        assert len(self._free) == self.depth, f"queue {self.queue_id}: tags still in use at reset"
         for tag in self.tags:
+            assert tag.request is None, f"queue {self.queue_id}: {tag!r} still in use at reset"
             tag.reset()
-        self._free = list(range(self.depth - 1, -1, -1))
         self.fetched = 0
         self.daemon = None
         if self.batch is not None:

@@ -1,8 +1,8 @@
 """The end of a server, and what becomes of the device and of the requests that the server had.
 
 **Supported.** Cancelling the commands of a ring that closes, and the last close of the char device, as two kinds of
-releases have them; requests that fail, are held for the next server, or are reissued to it at the head of the line; the
-timeout that kills the server of an unprivileged device, and the one by which older releases learn of a death.
+releases have them; requests that fail, are held for the next server, or are reissued to it at the head of the line; the timeout by
+which older releases learn of a death.
 **Rejected.** Nothing. **Differs from Linux.** A ring closes at once. Requests that are held do not keep their tags, and
 leave in the order in which they came. A short READ of the next server does not set free what END_USER_RECOVERY will.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ublk_trio.kernel_sim.waits import Steps, Wait
-from ublk_trio.uapi import DeviceState, Feature
+from ublk_trio.uapi import DeviceState
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -131,12 +131,8 @@ def reset_for_recovery(device: SimDevice) -> None:
 
 
 def request_timed_out(device: SimDevice, queue: SimQueue) -> None:
-    """A request was not answered in time. Root's servers have all the time of the world, if they live."""
-    if device.info.flags & Feature.UNPRIVILEGED_DEV:
-        if device.char is not None or device.rings:
-            device.kill_server()
-        return
-    if device.kernel.version.release_ends_server or not device.server_died:
+    """A request of root's device was not answered in time, which is no matter if the server lives."""
+    if not device.server_died:
         return
     # No command is left whose cancelling would tell: the timeout itself does.
     if _is_news(device, queue):

@@ -216,6 +216,16 @@ class KernelVersion:
         7, 2, 'A commit of fewer bytes ends a WRITE whole and "OK"; up to 7.1 the rest was delivered again.'
     )
 
+    # ------------------------------------------------------------------ the block layer
+
+    @property
+    def default_request_bytes_max(self) -> int:
+        """Linux's own cap on a READ or WRITE: 1280 KiB, 4 MiB from 6.17."""
+        return 4 << 20 if self.release >= (6, 17) else 1280 << 10
+
+    io_opt_raises_requests = _since(6, 11, "A larger optimal or minimal I/O size raises Linux's own cap on a request.")
+    groups_cpus = _since(6, 3, "Neighbouring CPUs share a hardware queue; before, the queues took turns.")
+
     @classmethod
     def differences(cls) -> list[Difference]:
         """Every named difference between releases."""
