@@ -37,9 +37,10 @@ lint: ## Check the code: ruff's rules and format, mypy --strict.
 	$(RUN) -m mypy $(TYPED) || status=1; \
 	exit $$status
 
-bench: ## Measure a request's cost in the engine alone, then fio on disks of a real kernel: this machine's, or a virtual one's.
+bench: ## Measure a request's cost in the engine alone and on the simulator, then fio on disks of a real kernel: this machine's, or a virtual one's.
 	@$(SETUP) tests
 	@$(RUN) bench/engine.py
+	@$(RUN) bench/simulator.py
 	@if [ -r /dev/ublk-control ] && [ -w /dev/ublk-control ]; then \
 	    $(RUN) bench/requests_per_second.py; \
 	else \

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import inspect
 import pkgutil
 from pathlib import Path
 
 from ublk_trio import kernel_sim
-from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED
+from ublk_trio.kernel_sim.control_faults import CONTROL_FAULTS
+from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED, KernelVersion
 from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
 from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
 
@@ -73,15 +75,42 @@ def tag_page() -> str:
 def _simulator_modules() -> list[str]:
     """A section for each module that says what it supports: its docstring as it stands."""
     lines: list[str] = []
-    for info in pkgutil.iter_modules(kernel_sim.__path__):
-        text = inspect.getdoc(importlib.import_module(f"{kernel_sim.__name__}.{info.name}")) or ""
+    prefix = f"{kernel_sim.__name__}."
+    for info in pkgutil.walk_packages(kernel_sim.__path__, prefix):
+        text = inspect.getdoc(importlib.import_module(info.name)) or ""
         if "**Supported.**" in text:
-            lines += [f"## {info.name}", "", text, ""]
+            lines += [f"## {info.name.removeprefix(prefix)}", "", text, ""]
     return lines
 
 
 def _release(release: tuple[int, int]) -> str:
     return "{}.{}".format(*release)
+
+
+#: The releases that the table of differences shows.
+PROFILES = (KernelVersion(6, 1), KernelVersion(6, 12), KernelVersion(6, 16), KernelVersion(7, 0), KernelVersion(7, 3))
+
+
+def _differences() -> list[str]:
+    """What releases do differently, beyond the commands and features that they have."""
+    return [
+        "| difference | when | " + " | ".join(map(str, PROFILES)) + " |",
+        "|---|---|" + "---|" * len(PROFILES),
+        *(
+            f"| {difference.text} | {difference.when} | "
+            + " | ".join("yes" if getattr(version, difference.name) else "" for version in PROFILES)
+            + " |"
+            for difference in KernelVersion.differences()
+        ),
+    ]
+
+
+def _control_faults() -> list[str]:
+    return [
+        "| point | errno |",
+        "|---|---|",
+        *(f"| {point} | {errno.errorcode[number]} |" for point, number in CONTROL_FAULTS.items()),
+    ]
 
 
 def simulator_page() -> str:
@@ -111,6 +140,14 @@ def simulator_page() -> str:
                 + (f"{_release(COMMAND_RELEASE[command])} | yes |" if command in COMMAND_RELEASE else "| |")
                 for command in sorted(ControlCommand)
             ),
+            "",
+            "What releases do differently, each a property of `KernelVersion`:",
+            "",
+            *_differences(),
+            "",
+            "Where `SimKernel.control_faults` lets Choices fail a control command:",
+            "",
+            *_control_faults(),
             "",
             *_simulator_modules(),
         ]

@@ -30,7 +30,8 @@ CLI = (ROOT / "docs" / "cli.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 #: Public to the other modules of the simulator only.
 FOR_THE_SIMULATOR = {
-    "changed", "char_path", "free_id", "interrupt", "new_bio", "next_cpu", "put_device", "run", "violation",
+    "changed", "char_path", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
+    "put_device", "run", "violation",
 }  # fmt: skip
 COMMANDS = ("start", "recover", "list", "stop", "features", "doctor")
 

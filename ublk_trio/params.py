@@ -37,7 +37,8 @@ def _discard(backend: Backend, offered: frozenset[str]) -> ParamsDiscard | None:
     granularity = backend.discard_granularity
     sectors_max = (RANGE_BYTES_MAX - RANGE_BYTES_MAX % granularity) >> SECTOR_SHIFT
     return ParamsDiscard(
-        discard_granularity=granularity if can_discard else 0,
+        # The driver wants one even where nothing can be discarded.
+        discard_granularity=granularity,
         max_discard_sectors=sectors_max if can_discard else 0,
         max_discard_segments=1 if can_discard else 0,
         max_write_zeroes_sectors=sectors_max if can_zero else 0,

@@ -77,6 +77,34 @@ async def test_kernel_adjusted_values(arm: Arm) -> None:
             assert len(device.statistics().queues) == device.info.nr_hw_queues
 
 
+class Zeroes(Backend):
+    """A disk that can be zeroed, and nothing of it discarded."""
+
+    def __init__(self) -> None:
+        self.size = MIB
+        self._memory = Memory(MIB)
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self._memory.read(offset, buffer)
+
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        self._memory.write(offset, data, fua=fua)
+
+    def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        self._memory.write(offset, memoryview(bytes(length)), fua=False)
+
+
+async def test_zeroing_without_discarding(arm: Arm) -> None:
+    """A disk whose backend can write zeroes but not discard starts, and zeroes."""
+    with trio.fail_after(30):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Zeroes(), DeviceOptions(depth=2))
+            async with arm.open_disk(device) as disk:
+                await disk.write(0, b"x" * 4096)
+                await disk.write_zeroes(0, 4096)
+                assert await disk.read(0, 4096) == bytes(4096)
+
+
 async def test_flush_and_fua_reach_the_backend(arm: Arm) -> None:
     """fsync becomes a flush, and a write that asks for FUA arrives with it: a backend with a cache can be honest."""
     backend = Ram()

@@ -56,10 +56,10 @@ async def test_data_round_trip() -> None:
 
 
 async def test_split_at_max_sectors() -> None:
-    """No READ or WRITE is longer than max_sectors, and the parts are the whole."""
+    """No READ or WRITE is longer than max_sectors; all but the first begin at a physical block; the parts are the whole."""
     async with serving(basic_params(max_sectors=16)) as device:
         await device.disk.write(512, bytes(512 * 40))
-        assert device.seen == [(WRITE, 1, 16), (WRITE, 17, 16), (WRITE, 33, 8)]
+        assert device.seen == [(WRITE, 1, 15), (WRITE, 16, 16), (WRITE, 32, 9)]
 
 
 async def test_split_at_chunks() -> None:
@@ -86,7 +86,7 @@ async def test_ranges_split_at_their_own_limits() -> None:
         assert device.seen == [(DISCARD, 0, 64), (DISCARD, 64, 36)]
         device.servers[0].seen.clear()
         await device.disk.write_zeroes(512, 512 * 40)
-        assert device.seen == [(WRITE_ZEROES, 1, 32), (WRITE_ZEROES, 33, 8)]
+        assert device.seen == [(WRITE_ZEROES, 1, 31), (WRITE_ZEROES, 32, 1), (WRITE_ZEROES, 33, 8)]
         assert device.data[:65536] == b"x" * 512 + bytes(512 * 40) + b"x" * (65536 - 512 * 41)
 
 
@@ -135,7 +135,7 @@ async def test_misaligned_operations_are_refused() -> None:
 
 
 async def test_the_end_of_the_disk() -> None:
-    """A read across the end is short; a write there is ENOSPC, a range EINVAL."""
+    """A read across the end is short; a write there is ENOSPC, after the part that fits; a range EINVAL."""
     async with serving(basic_params(size=8192, discard=RANGES)) as device:
         disk = device.disk
         assert disk.size == 8192
@@ -146,15 +146,18 @@ async def test_the_end_of_the_disk() -> None:
             await disk.write(4096, bytes(8192))
         with raises_errno(errno.EINVAL):
             await disk.discard(4096, 8192)
-        assert device.seen == [(READ, 8, 8)]
+        assert device.seen == [(READ, 8, 8), (WRITE, 8, 8)]
 
 
 async def test_nothing_to_do() -> None:
-    """An operation of length 0 succeeds and reaches nobody."""
+    """Reading and writing nothing succeeds, a range of nothing is EINVAL; neither reaches anybody."""
     async with serving(basic_params(discard=RANGES)) as device:
         assert await device.disk.read(0, 0) == b""
         await device.disk.write(0, b"")
-        await device.disk.discard(0, 0)
+        with raises_errno(errno.EINVAL):
+            await device.disk.discard(0, 0)
+        with raises_errno(errno.EINVAL):
+            await device.disk.write_zeroes(0, 0)
         assert device.seen == []
 
 

@@ -41,10 +41,10 @@ async def test_unknown_device_before_unknown_command() -> None:
     """A command that nobody knows, for a device that there is not, is ENODEV; for one that there is, EOPNOTSUPP."""
     kernel = SimKernel()
     async with machine(kernel) as m:
-        for command in (0x7F, ControlCommand.START_USER_RECOVERY, ControlCommand.QUIESCE_DEV, ControlCommand.REG_BUF):
+        for command in (0x7F, ControlCommand.QUIESCE_DEV, ControlCommand.REG_BUF):
             assert await m.command(command, 5) == -errno.ENODEV  # type: ignore[arg-type]
         await m.add(5)
-        for command in (0x7F, ControlCommand.START_USER_RECOVERY, ControlCommand.QUIESCE_DEV, ControlCommand.REG_BUF):
+        for command in (0x7F, ControlCommand.QUIESCE_DEV, ControlCommand.REG_BUF):
             assert await m.command(command, 5) == -errno.EOPNOTSUPP  # type: ignore[arg-type]
         await m.delete(5)
     assert kernel.leftovers() == []
@@ -102,9 +102,11 @@ async def test_add_grants_what_it_can() -> None:
     got = DevInfo.unpack(buffer)
     assert (got.nr_hw_queues, got.max_io_buf_bytes, got.dev_id) == (2, 65536, 3)
     assert (got.state, got.ublksrv_pid) == (DeviceState.DEAD, -1)
-    assert Feature.NEED_GET_DATA in got.flags
+    # The server moves the data itself, so there is nothing to ask for.
+    assert Feature.USER_COPY in got.flags
+    assert Feature.NEED_GET_DATA not in got.flags
     assert Feature.CMD_IOCTL_ENCODE | Feature.PER_IO_DAEMON | Feature.SAFE_STOP_DEV in got.flags
-    assert not got.flags & (Feature.ZONED | Feature.USER_COPY)
+    assert not got.flags & Feature.ZONED
     assert kernel.device_ids() == [3]
 
 
@@ -154,9 +156,10 @@ async def test_add_refuses(change: dict[str, Any], call: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("flags", [Feature(0), R, R | REISSUE, R | FAIL_IO])
 async def test_add_accepts_every_sensible_recovery(flags: Feature) -> None:
-    """The four ways to recover pass the check, though their bits are dropped while they are not modelled."""
-    kernel = SimKernel()
-    assert await add(kernel, attrs.evolve(GOOD, flags=flags)) == 0
+    """The four ways to recover are granted."""
+    buffer = bytearray(attrs.evolve(GOOD, flags=flags).pack())
+    assert await add(SimKernel(), GOOD, buffer=buffer) == 0
+    assert DevInfo.unpack(buffer).flags & (R | REISSUE | FAIL_IO) == flags
 
 
 async def test_add_refusals_in_order() -> None:
@@ -170,8 +173,8 @@ async def test_add_refusals_in_order() -> None:
 
 
 async def test_the_limit_on_devices() -> None:
-    """To 6.14 every device counts against ublks_max; from 6.15 root's do not."""
-    old, new = SimKernel(version=(6, 14), devices_max=1), SimKernel(version=(6, 15), devices_max=1)
+    """To 6.11 every device counts against ublks_max; from 6.12 root's do not."""
+    old, new = SimKernel(version=(6, 11), devices_max=1), SimKernel(version=(6, 12), devices_max=1)
     any_id = attrs.evolve(GOOD, dev_id=ANY_DEVICE_ID)
     assert [await add(old, any_id) for _ in range(2)] == [0, -errno.EACCES]
     assert [await add(new, any_id) for _ in range(2)] == [0, 0]
@@ -300,6 +303,8 @@ async def test_device_info2_wants_the_path() -> None:
         assert (await ask(b""))[0] == -errno.EINVAL
         assert (await ask(b"/dev/ublkc7", length=15))[0] == -errno.EINVAL
         assert (await ask(b"/dev/ublkc7", length=79))[0] == -errno.EINVAL
+        assert (await ask(b"/dev/ublkc8"))[0] == -errno.ENOENT
+        await m.add(8)
         assert (await ask(b"/dev/ublkc8"))[0] == -errno.EPERM
 
 

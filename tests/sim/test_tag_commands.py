@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 
 import pytest
+import trio
 
 from tests.sim.mini import COMMIT, FETCH, GET_DATA, Started, basic_params, live, machine, opened
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.ring import SimQueueRing
 from ublk_trio.ring import NO_SLOT, pack_answer
 from ublk_trio.uapi import Feature, IoCommand, IoOp
 
@@ -18,6 +20,13 @@ def answer(device: Started, command: int, tag: int, result: int = 0, *, queue: i
     device.queues[queue].ring.commit([pack_answer(command, tag, result)])  # type: ignore[arg-type]
     events = device.queues[queue].events()
     return events[0].result if events else None
+
+
+def commit_from_here(device: Started) -> tuple[SimQueueRing, int]:
+    """Open another ring in this thread and commit tag 0: the ring and the result."""
+    ring = device.char.open_queue(0, buffers=2)
+    ring.commit([pack_answer(COMMIT, 0)])
+    return ring, ring.reap()[4:8].cast("i")[0]
 
 
 def calm() -> SimKernel:
@@ -47,9 +56,16 @@ async def test_commit_refusals_in_order() -> None:
     """COMMIT: the tag's daemon, then ownership, then NEED_GET_DATA's state, then the address."""
     kernel = calm()
     async with machine(kernel) as m, live(m, depth=2) as device:
+        other, result = await trio.to_thread.run_sync(commit_from_here, device)
+        assert result == -errno.EINVAL
+        with pytest.raises(KernelError) as caught:
+            other.commit([pack_answer(COMMIT, 0)])
+        assert caught.value.errno == errno.EEXIST
+        other.close()
+        # A second ring of the daemon's own thread is as good as the first.
         other = device.char.open_queue(0, buffers=2)
         other.commit([pack_answer(COMMIT, 0)])
-        assert other.reap()[4:8].cast("i")[0] == -errno.EINVAL
+        assert other.reap()[4:8].cast("i")[0] == -errno.EBUSY
         other.close()
     async with machine(kernel) as m, live(m, depth=2) as device:
         assert answer(device, COMMIT, 0) == -errno.EBUSY
@@ -57,7 +73,7 @@ async def test_commit_refusals_in_order() -> None:
         tag = device.queue.event().tag
         assert answer(device, GET_DATA, tag) == -errno.EINVAL
         assert answer(device, IoCommand.REGISTER_IO_BUF, tag) == -errno.EINVAL
-        assert answer(device, 0x2F, tag) == -errno.EOPNOTSUPP
+        assert answer(device, 0x2F, tag) == -errno.EINVAL
         assert answer(device, 0x1F, tag) == -errno.EINVAL
         device.queue.ring.slots[tag] = NO_SLOT
         assert answer(device, COMMIT, tag, 512) == -errno.EINVAL
@@ -71,9 +87,12 @@ async def test_commit_refusals_in_order() -> None:
 
 @pytest.mark.parametrize("command", [IoCommand.PREP_IO_CMDS, IoCommand.COMMIT_IO_CMDS, IoCommand.FETCH_IO_CMDS])
 async def test_batch_commands_are_unknown(command: IoCommand) -> None:
-    """Without BATCH_IO its commands are EOPNOTSUPP, whatever tag they name."""
-    async with machine(calm()) as m, opened(m) as device:
-        assert answer(device, command, 99) == -errno.EOPNOTSUPP
+    """Without BATCH_IO its commands are like any unknown one: EINVAL, after all other checks."""
+    async with machine(calm()) as m, live(m, depth=1) as device:
+        assert answer(device, command, 99) == -errno.EINVAL
+        assert answer(device, command, 0) == -errno.EBUSY
+        device.disk.submit(IoOp.READ, 0, 512)
+        assert answer(device, command, device.queue.event().tag) == -errno.EINVAL
 
 
 async def test_unregister_is_refused_first() -> None:

@@ -23,10 +23,12 @@ def test_versions_compare() -> None:
 
 def test_features_come_with_their_release() -> None:
     """No release offers a feature of a later one, and the simulator offers none that it does not model."""
-    assert KernelVersion(6, 0).features == Feature.URING_CMD_COMP_IN_TASK | Feature.NEED_GET_DATA
+    oldest = Feature.URING_CMD_COMP_IN_TASK | Feature.NEED_GET_DATA
+    assert KernelVersion(6, 0).features == oldest
     assert KernelVersion(7, 3).features == Feature(sum(Feature))
     assert Feature.ZONED not in SimKernel().features
-    assert SimKernel(version=(6, 1)).features == Feature.URING_CMD_COMP_IN_TASK | Feature.NEED_GET_DATA
+    recovery = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE
+    assert SimKernel(version=(6, 1)).features == oldest | recovery
     assert SimKernel(features=Feature.NEED_GET_DATA | Feature.ZONED).features == Feature.NEED_GET_DATA
 
 
@@ -34,7 +36,8 @@ def test_commands_come_with_their_release() -> None:
     """A command is unknown before its release."""
     assert not KernelVersion(6, 8).has_command(ControlCommand.DEL_DEV_ASYNC)
     assert KernelVersion(6, 9).has_command(ControlCommand.DEL_DEV_ASYNC)
-    assert not KernelVersion(7, 3).has_command(ControlCommand.START_USER_RECOVERY)
+    assert not KernelVersion(6, 12).has_command(ControlCommand.QUIESCE_DEV)
+    assert KernelVersion(6, 1).has_command(ControlCommand.START_USER_RECOVERY)
 
 
 @pytest.mark.parametrize(

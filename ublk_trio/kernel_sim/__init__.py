@@ -5,7 +5,7 @@ disks. No root, no Linux, no time and no chance: every free decision comes from 
 Each module says what it supports, what it rejects and where it differs from Linux.
 """
 
-from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
+from ublk_trio.kernel_sim.block import Bio, SimBlockDevice, SimBlockFile
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import (
     Choice,
@@ -32,6 +32,7 @@ __all__ = [
     "ReplayDivergedError",
     "SeededChoices",
     "SimBlockDevice",
+    "SimBlockFile",
     "SimKernel",
     "SimulatorViolationError",
     "Violation",

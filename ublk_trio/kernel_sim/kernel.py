@@ -2,7 +2,7 @@
 
 **Supported.** `ring.Kernel` whole; several devices, several control rings; commands that the kernel holds, resumed as
 soon as what they wait for has come, in an order that Choices decides. **Rejected.** See `control`, `queue`, `block`.
-**Differs from Linux.** See there; besides: nothing takes time, and one server process opens every char device, with
+**Differs from Linux.** See there; besides: nothing takes time but `SimKernel.let_time_pass`, and one server process opens every char device, with
 `server_pid`.
 
 Nothing here is a task. What a call changes is worked off, to the end, before the call returns: `changed` resumes held
@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -21,16 +22,22 @@ from typing import Any
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim import char_device
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
+from ublk_trio.kernel_sim.call import Caller, Identity
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
-from ublk_trio.kernel_sim.control import Held, Steps
-from ublk_trio.kernel_sim.device import SimDevice, SimMutex
+from ublk_trio.kernel_sim.clock import SimClock
+from ublk_trio.kernel_sim.device import SimDevice
+from ublk_trio.kernel_sim.process import CharFile, SimProcess
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
+from ublk_trio.kernel_sim.waits import Held, SimMutex, Steps
 from ublk_trio.uapi import DevInfo, Feature
 
 _PAGE_SIZE = 4096
+#: Above Linux's highest pid, and so never the server's of the engine.
+_FIRST_PID = 1 << 22
 
 
 class SimKernel:
@@ -59,12 +66,18 @@ class SimKernel:
         assert cpus > 0
         self.choices = choices if choices is not None else FirstChoice()
         self.version = KernelVersion.of(version)
+        #: Moved by `let_time_pass` alone.
+        self.clock = SimClock()
         self.cpus = cpus
         offered = self.version.features & MODELLED
         self.features = offered if features is None else offered & features
         self.paranoid = paranoid
         self.partition_scan = partition_scan
+        #: Whoever calls, where nothing says which process it is: root or not, and whom its devices belong to.
         self.privileged = privileged
+        self.uid = self.gid = 0 if privileged else 1000
+        #: Points of `control_faults.CONTROL_FAULTS` where Choices may let a control command fail.
+        self.control_faults: frozenset[str] = frozenset()
         self.legacy_opcodes = legacy_opcodes
         self.devices_max = devices_max
         #: The process that opens char devices; START_DEV must name it.
@@ -78,9 +91,11 @@ class SimKernel:
         self.devices_mutex = SimMutex("of all devices")
         self.control_rings: list[SimControlRing] = []
         self._held: list[Held] = []
+        self._dropped: deque[Callable[[], None]] = deque()
         self._settling = False
         self._bios = 0
         self._cpu = 0
+        self._next_pid = _FIRST_PID
 
     # ------------------------------------------------------------------ ring.Kernel
 
@@ -106,15 +121,26 @@ class SimKernel:
             ring.close()
 
     async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> SimCharDevice:
-        """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EBUSY while it has an opener."""
+        """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EACCES, EBUSY while it has an opener."""
         await trio.lowlevel.checkpoint()
-        path = self.char_path(info.dev_id)
-        device = self.devices.get(info.dev_id)
-        if device is None or device.removed:
-            raise KernelError(errno.ENOENT, f"cannot open {path}: {errno_text(errno.ENOENT)}")
-        if device.char_in_use:
-            raise KernelError(errno.EBUSY, f"cannot open {path}: {errno_text(errno.EBUSY)}: it has an opener")
-        return SimCharDevice(device, ioctl_encoded=ioctl_encoded)
+        return SimCharDevice(self.char_to_open(info.dev_id, self.identity), ioctl_encoded=ioctl_encoded)
+
+    def char_to_open(self, dev_id: int, caller: Caller) -> SimDevice:
+        """The device whose char device somebody opens now. Raises `KernelError`: ENOENT, EACCES, EBUSY."""
+        device = self.devices.get(dev_id)
+        refused = char_device.check_open(device, caller)
+        if refused:
+            text = f"cannot open {self.char_path(dev_id)}: {errno_text(refused)}"
+            raise KernelError(-refused, f"{text}: it has an opener" if refused == -errno.EBUSY else text)
+        assert device is not None
+        return device
+
+    def process(self, pid: int | None = None, *, privileged: bool = True, uid: int = 0, gid: int = 0) -> SimProcess:
+        """A new process, for raw access to the driver. Without ``pid`` it gets one that nobody else has."""
+        if pid is None:
+            pid = self._next_pid
+            self._next_pid += 1000
+        return SimProcess(self, pid, privileged=privileged, uid=uid, gid=gid)
 
     def device_ids(self) -> list[int]:
         return sorted(self.devices)
@@ -155,17 +181,33 @@ class SimKernel:
                     found += [f"unfinished operation: {bio}" for bio in sorted(disk.bios, key=lambda bio: bio.number)]
         return found
 
+    def let_time_pass(self, seconds: float) -> None:
+        """The machine's clock goes on; what has a time limit meets it. Nothing else moves this clock."""
+        if self.log is not None:
+            self.log.append(("time", seconds))
+        for _, device in sorted(self.devices.items()):
+            device.set_timers()
+        self.clock.advance(seconds)
+        self.changed()
+
     def crash_server(self, dev_id: int) -> None:
         """The device's server is killed: its rings and its char device close. Whoever still waits on a ring gets `trio.ClosedResourceError`."""
         device = self.devices[dev_id]
         if self.log is not None:
             self.log.append(("crash", dev_id))
+        if not isinstance(device.char, CharFile):
+            device.server_died = True
         for ring in list(device.rings):
             ring.close()
         if device.char is not None:
-            device.char.close()
+            device.char.crash()
 
     # ------------------------------------------------------------------ for the other modules
+
+    @property
+    def identity(self) -> Identity:
+        """Who calls, where nothing else says so."""
+        return Identity(pid=self.server_pid, uid=self.uid, gid=self.gid, privileged=self.privileged)
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""
@@ -204,7 +246,7 @@ class SimKernel:
         name: str,
         steps: Steps,
         *,
-        ring: SimControlRing | None = None,
+        ring: object = None,
         on_done: Callable[[int], None] = lambda result: None,
     ) -> None:
         """Start a command or a piece of kernel work and carry it as far as it goes now."""
@@ -218,16 +260,25 @@ class SimKernel:
 
     def changed(self) -> None:
         """Something changed: let the held commands go on that can."""
-        if not self._held or self._settling:
+        if self._settling or not (self._held or self._dropped):
             return
         self._settling = True
         try:
-            while ready := [held for held in self._held if held.wait.ready()]:
+            while True:
+                while self._dropped:
+                    self._dropped.popleft()()
+                ready = [held for held in self._held if held.wait.ready()]
+                if not ready:
+                    return
                 self._resume(ready[self.choices.choose("settle", len(ready))], interrupted=False)
         finally:
             self._settling = False
 
-    def interrupt(self, ring: SimControlRing, *, on_done: Callable[[int], None] | None = None) -> None:
+    def drop(self, put: Callable[[], None]) -> None:
+        """Give up a reference, though not before the work under way is done."""
+        self._dropped.append(put)
+
+    def interrupt(self, ring: object, *, on_done: Callable[[int], None] | None = None) -> None:
         """The interruptible waits of a control ring's commands end: of all, or of the one with that ``on_done``."""
         for held in [held for held in self._held if held.ring is ring and held.wait.interruptible]:
             if held in self._held and on_done in (None, held.on_done):

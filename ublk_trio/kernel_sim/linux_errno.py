@@ -12,6 +12,7 @@ from typing import Final
 _LINUX: Final = {
     "EIO": 5,
     "EBADE": 52,
+    "EREMCHG": 78,
     "EREMOTEIO": 121,
     "ENODATA": 61,
     "ETIME": 62,
@@ -22,6 +23,10 @@ _LINUX: Final = {
     "ETIMEDOUT": 110,
     "ETOOMANYREFS": 109,
 }
+
+
+#: Means "not supported", too, and has no name outside of the kernel.
+ENOTSUPP: Final = 524
 
 
 def number(name: str) -> int:
@@ -46,6 +51,7 @@ SURVIVING: Final = frozenset(
             "EBUSY",
             "EAGAIN",
             "ENODEV",
+            "EREMCHG",
             "ETOOMANYREFS",
             "EOVERFLOW",
             "ETIME",

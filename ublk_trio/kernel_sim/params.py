@@ -1,9 +1,9 @@
-"""SET_PARAMS' and GET_PARAMS' view of a device's parameters.
+"""The rules for a device's parameters: what SET_PARAMS accepts, and what only START_DEV finds out.
 
-**Supported.** Every section's rules, by the release that knows the section.
+**Supported.** Every section's rules, by the release that knows the section; a section that nobody looked at because
+ZONED came before it; the limits that the block layer refuses.
 **Rejected.** With EINVAL: no BASIC, DEVT set by the server, a rule below broken.
-**Differs from Linux.** ZONED and INTEGRITY are refused as on a kernel built without them, because the features are not
-modelled. GET_PARAMS accepts a header with no types, as the driver's source does.
+**Differs from Linux.** The kernel is one that was built for zoned disks and for integrity data.
 """
 
 from __future__ import annotations
@@ -13,25 +13,28 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Final
 
-from ublk_trio.kernel_sim.version import KernelVersion
+from ublk_trio.kernel_sim.version import KernelVersion, Release
 from ublk_trio.uapi import (
     MIN_SEGMENT_SIZE,
+    PARAM_SECTIONS,
     SECTOR_SHIFT,
     BasicAttr,
     DevInfo,
     Feature,
+    IntegrityCap,
+    IntegrityChecksum,
     Params,
     ParamsBasic,
     ParamsDiscard,
     ParamsDmaAlign,
-    ParamsIntegrity,
     ParamsSegment,
     ParamsZoned,
     ParamType,
 )
 
 HEADER: Final = struct.Struct("=II")
-_SECTION_RELEASE: Mapping[ParamType, tuple[int, int]] = MappingProxyType(
+OFFSETS: Final = Params.offsets()
+_SECTION_RELEASE: Mapping[ParamType, Release] = MappingProxyType(
     {
         ParamType.BASIC: (6, 0),
         ParamType.DISCARD: (6, 0),
@@ -44,66 +47,97 @@ _SECTION_RELEASE: Mapping[ParamType, tuple[int, int]] = MappingProxyType(
 )
 _MAX_SHIFT: Final = 28
 _MIN_SECTORS: Final = 8
+_U64_MAX: Final = (1 << 64) - 1
+# A plain number, because what is not a known flag must not vanish.
+_INTEGRITY_FLAGS: Final = int(IntegrityCap.INTEGRITY | IntegrityCap.REFTAG)
+#: Bytes that a checksum takes of each interval's metadata.
+_CHECKSUM_BYTES: Mapping[int, int] = MappingProxyType(
+    {
+        IntegrityChecksum.NONE: 0,
+        IntegrityChecksum.IP: 8,
+        IntegrityChecksum.CRC16_T10DIF: 8,
+        IntegrityChecksum.CRC64_NVME: 16,
+    }
+)
+
+
+def known_types(version: KernelVersion) -> int:
+    """The type bits of the sections that a release has."""
+    return sum(kind for kind, release in _SECTION_RELEASE.items() if version >= release)
+
+
+def structure_size(version: KernelVersion) -> int:
+    """The bytes of the release's ``ublk_params``, whose end is aligned to 8."""
+    last = max(
+        OFFSETS[name] + section.LAYOUT.size
+        for name, (kind, section) in PARAM_SECTIONS.items()
+        if version >= _SECTION_RELEASE[kind]
+    )
+    return -(-last // 8) * 8
 
 
 def _is_power_of_two(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-def parse(data: bytes, *, length: int, version: KernelVersion) -> Params | None:
-    """The parameters of a SET_PARAMS buffer, without the sections that the release does not know; None if they cannot
-    be.
-
-    What lies past ``length`` is zero, and a section that a type bit promises but ``length`` cuts off is zero too.
-    """
-    _, types = HEADER.unpack_from(data)
-    known = sum(kind for kind, release in _SECTION_RELEASE.items() if version >= release)
-    whole = data[:length].ljust(Params.LAYOUT.size, b"\0")
+def parse(held: bytes) -> Params:
+    """The parameters that a device holds, which were validated; what a release does not have is None."""
+    _, types = HEADER.unpack_from(held)
+    whole = held.ljust(Params.LAYOUT.size, b"\0")[HEADER.size :]
     try:
-        return Params.unpack(HEADER.pack(Params.LAYOUT.size, types & known) + whole[HEADER.size : Params.LAYOUT.size])
-    except ValueError:  # an enum's value that no kernel knows: a checksum of 3
-        return None
+        return Params.unpack(HEADER.pack(Params.LAYOUT.size, types) + whole)
+    except ValueError:  # a checksum that there is not, behind a ZONED that kept the driver from looking
+        return Params.unpack(HEADER.pack(Params.LAYOUT.size, types & ~ParamType.INTEGRITY) + whole)
 
 
-def is_valid(params: Params, info: DevInfo, *, page_size: int) -> bool:
-    """Whether the driver takes them."""
-    if params.basic is None or not _basic_ok(params.basic, info, page_size=page_size):
+def is_valid(held: bytes, info: DevInfo, *, version: KernelVersion, page_size: int) -> bool:
+    """Whether the driver takes what SET_PARAMS left in its structure; type bits that it does not know are gone."""
+    _, types = HEADER.unpack_from(held)
+    params = parse(held)
+    if params.basic is None or types & ParamType.DEVT:
         return False
-    if params.devt is not None:
+    if not _basic_ok(params.basic, info, version=version, page_size=page_size):
         return False
-    if (params.zoned is not None) != bool(info.flags & Feature.ZONED):
+    zoned_device = bool(info.flags & Feature.ZONED)
+    if zoned_device and not _zone_size_ok(params.basic, version):
         return False
-    if params.integrity is not None and not info.flags & Feature.INTEGRITY:
+    if params.discard is not None and not _discard_ok(params.discard):
         return False
-    return (
-        (params.discard is None or _discard_ok(params.discard))
-        and (params.zoned is None or _zoned_ok(params.zoned, params.basic))
-        and (params.dma_align is None or _dma_ok(params.dma_align, page_size=page_size))
+    if params.zoned is not None:
+        # With this section, and only then, those after it are not looked at.
+        return zoned_device and _zoned_ok(params.zoned, params.basic)
+    return not zoned_device and (
+        (params.dma_align is None or _dma_ok(params.dma_align, page_size=page_size))
         and (params.segment is None or _segment_ok(params.segment))
-        and (params.integrity is None or _integrity_ok(params.integrity))
+        and (not types & ParamType.INTEGRITY or _integrity_ok(held, info))
     )
 
 
-def _basic_ok(basic: ParamsBasic, info: DevInfo, *, page_size: int) -> bool:
+def _basic_ok(basic: ParamsBasic, info: DevInfo, *, version: KernelVersion, page_size: int) -> bool:
     page_shift = page_size.bit_length() - 1
+    if version.checks_physical_shifts and (
+        max(basic.physical_bs_shift, basic.io_opt_shift, basic.io_min_shift) > _MAX_SHIFT
+    ):
+        return False
     return (
         SECTOR_SHIFT <= basic.logical_bs_shift <= page_shift
-        and basic.logical_bs_shift <= basic.physical_bs_shift <= _MAX_SHIFT
-        and basic.io_opt_shift <= _MAX_SHIFT
-        and basic.io_min_shift <= _MAX_SHIFT
+        and basic.logical_bs_shift <= basic.physical_bs_shift
         and _MIN_SECTORS <= basic.max_sectors <= info.max_io_buf_bytes >> SECTOR_SHIFT
     )
 
 
+def _zone_size_ok(basic: ParamsBasic, version: KernelVersion) -> bool:
+    return _is_power_of_two(basic.chunk_sectors) if version.zone_size_is_power_of_two else bool(basic.chunk_sectors)
+
+
 def _discard_ok(discard: ParamsDiscard) -> bool:
-    return not discard.max_discard_sectors or (discard.max_discard_segments == 1 and discard.discard_granularity != 0)
+    single = not discard.max_discard_sectors or discard.max_discard_segments == 1
+    return single and discard.discard_granularity != 0
 
 
 def _zoned_ok(zoned: ParamsZoned, basic: ParamsBasic) -> bool:
-    if not _is_power_of_two(basic.chunk_sectors) or not zoned.max_zone_append_sectors:
-        return False
-    zones = basic.dev_sectors // basic.chunk_sectors
-    return zoned.max_open_zones <= zones and zoned.max_active_zones <= zones
+    zones = basic.dev_sectors >> (basic.chunk_sectors.bit_length() - 1)
+    return bool(zoned.max_zone_append_sectors) and max(zoned.max_open_zones, zoned.max_active_zones) <= zones
 
 
 def _dma_ok(dma_align: ParamsDmaAlign, *, page_size: int) -> bool:
@@ -111,12 +145,24 @@ def _dma_ok(dma_align: ParamsDmaAlign, *, page_size: int) -> bool:
 
 
 def _segment_ok(segment: ParamsSegment) -> bool:
-    boundary = segment.seg_boundary_mask + 1
+    boundary = segment.seg_boundary_mask + 1 & _U64_MAX
     return _is_power_of_two(boundary) and boundary >= MIN_SEGMENT_SIZE and segment.max_segment_size >= MIN_SEGMENT_SIZE
 
 
-def _integrity_ok(integrity: ParamsIntegrity) -> bool:
-    return integrity.metadata_size != 0
+def _integrity_ok(held: bytes, info: DevInfo) -> bool:
+    _, section = PARAM_SECTIONS["integrity"]
+    flags, _, interval_exp, metadata, pi_offset, checksum, _ = section.LAYOUT.unpack_from(held, OFFSETS["integrity"])
+    logical_bs_shift = held[OFFSETS["basic"] + ParamsBasic.offsets()["logical_bs_shift"]]
+    checksum_bytes = _CHECKSUM_BYTES.get(checksum)
+    return (
+        bool(info.flags & Feature.INTEGRITY)
+        and not flags & ~_INTEGRITY_FLAGS
+        and checksum_bytes is not None
+        and metadata != 0
+        and not (checksum == IntegrityChecksum.NONE and flags & IntegrityCap.REFTAG)
+        and pi_offset + checksum_bytes <= metadata
+        and SECTOR_SHIFT <= interval_exp <= logical_bs_shift
+    )
 
 
 def has_attr(params: Params, attr: BasicAttr) -> bool:

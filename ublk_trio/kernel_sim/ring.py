@@ -13,6 +13,7 @@ counts as gone with the last of them. The completion queue never overflows.
 from __future__ import annotations
 
 import errno
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -22,11 +23,13 @@ from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
 from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics
-from ublk_trio.uapi import ControlCommand, IoCommand
+from ublk_trio.uapi import ControlCommand, Feature, IoCommand
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
     from ublk_trio.kernel_sim.kernel import SimKernel
+    from ublk_trio.kernel_sim.queue import CommandRing
+    from ublk_trio.kernel_sim.registered import RequestBuffer
 
 _NOTHING: Final = memoryview(b"")
 _EVENT_BYTES: Final = EVENT.size
@@ -107,7 +110,7 @@ class SimCharDevice:
         self._refusal = 0
         if ioctl_encoded and kernel.version < (6, 4):
             self._refusal = -errno.EINVAL
-        elif not ioctl_encoded and not kernel.legacy_opcodes:
+        elif (not ioctl_encoded and not kernel.legacy_opcodes) or device.info.flags & Feature.BATCH_IO:
             self._refusal = -errno.EOPNOTSUPP
         device.char = self
         device.opener_pid = device.kernel.server_pid
@@ -137,6 +140,10 @@ class SimCharDevice:
             )
         device.char_closed()
 
+    def crash(self) -> None:
+        """The server is killed; its rings were closed before."""
+        self.close()
+
 
 class SimQueueRing:
     """`ring.QueueRing`: see there. Made by `SimCharDevice.open_queue`."""
@@ -154,6 +161,7 @@ class SimQueueRing:
         self._arena = Arena(buffers=buffers, buffer_bytes=buffer_bytes)
         self.buffers: Sequence[memoryview] = self._arena.buffers
         self._slots = make_slots(depth=self._depth, buffers=buffers)
+        self.task: object = threading.get_ident()
         self.paranoid = kernel.paranoid
         #: Which tag's command has given a buffer to the kernel; only kept when paranoid.
         self.kernel_holds: dict[int, int] = {}
@@ -187,10 +195,33 @@ class SimQueueRing:
         if self._lot:
             self._lot.unpark_all()
 
+    post_later = post
+
     def post_result(self, tag: int, result: int) -> None:
         """A command ended without a request."""
         assert result < 0
         self.post(result << 16 | tag)
+
+    def copy_to(self, address: int, data: memoryview) -> int:
+        """`queue.CommandRing`: an address is a slot + 1."""
+        if not address:
+            return 0
+        self.buffers[address - 1][: len(data)] = data
+        return len(data)
+
+    def copy_from(self, address: int, data: memoryview) -> int:
+        data[:] = self.buffers[address - 1][: len(data)]
+        return len(data)
+
+    def register_buffer(self, index: int, buffer: RequestBuffer) -> int:
+        """The engine registers no buffers, so there is no table."""
+        return -errno.EINVAL
+
+    def unregister_buffer(self, index: int) -> int:
+        return -errno.EINVAL
+
+    def is_same_ring(self, other: CommandRing) -> bool:
+        return self is other
 
     # ------------------------------------------------------------------ ring.QueueRing
 
@@ -222,6 +253,8 @@ class SimQueueRing:
         for entry in ready:
             if entry >= 0:
                 result = deliver(self, entry)
+                if result is None:
+                    continue
                 request = tags[entry].request
                 assert request is not None
                 pack_into(events, offset, entry, 0, result, request.op_flags, request.nr_sectors, request.start_sector)
@@ -257,6 +290,10 @@ class SimQueueRing:
     def commit(self, answers: list[int]) -> None:
         if self._closed:
             raise self._closed_error()
+        if threading.get_ident() != self.task:
+            raise KernelError(
+                errno.EEXIST, f"cannot commit: {errno_text(errno.EEXIST)}: a ring belongs to the thread that opened it"
+            )
         self._commits += 1
         self._answers += len(answers)
         slots = self._slots
@@ -270,7 +307,8 @@ class SimQueueRing:
             assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
             if log is not None:
                 log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
-            refusal = self._refusal or command(self, number, tag, answer >> 32, slot)
+            # NO_SLOT becomes address 0.
+            refusal = self._refusal or command(self, number, tag, answer >> 32, slot + 1 & NO_SLOT)
             if refusal:
                 self._queue.refused(number, tag, refusal)
                 self.post_result(tag, refusal)

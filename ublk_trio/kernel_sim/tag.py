@@ -7,10 +7,14 @@
 | OWNED_BY_SRV | a request was delivered: the server owes a commit |
 | OWNED_BY_SRV, NEED_GET_DATA | a WRITE was announced: the server owes NEED_GET_DATA |
 | ACTIVE, NEED_GET_DATA | that came; the data is on its way |
+| OWNED_BY_SRV, AUTO_BUF_REG | delivered, with its buffer registered in the server's ring |
 | ACTIVE, CANCELED | the pending command was completed with ABORT; the tag is over |
 
-**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** AUTO_BUF_REG is
-listed but not modelled yet. The task that a tag's commands must come from is, here, the ring that fetched it.
+**Supported.** The flags above. **Rejected.** Nothing here: `queue` checks. **Differs from Linux.** The flags' values.
+
+A command names its buffer by an **address**, and comes from a **task**. For a raw ring these are an address in its
+process's memory and a `process.SimTask`; for the engine's packed ring the number of a slot plus one, and the thread.
+Address 0 is none.
 """
 
 from __future__ import annotations
@@ -18,11 +22,9 @@ from __future__ import annotations
 from enum import IntFlag
 from typing import TYPE_CHECKING, Final
 
-from ublk_trio.ring import NO_SLOT
-
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
-    from ublk_trio.kernel_sim.ring import SimQueueRing
+    from ublk_trio.kernel_sim.queue import CommandRing
 
 
 class TagFlag(IntFlag):
@@ -39,13 +41,31 @@ class TagFlag(IntFlag):
 ACTIVE: Final = int(TagFlag.ACTIVE)
 OWNED_BY_SRV: Final = int(TagFlag.OWNED_BY_SRV)
 NEED_GET_DATA: Final = int(TagFlag.NEED_GET_DATA)
+AUTO_BUF_REG: Final = int(TagFlag.AUTO_BUF_REG)
 CANCELED: Final = int(TagFlag.CANCELED)
 
 
 class SimTag:
     """One tag of one queue."""
 
-    __slots__ = ("flags", "poisoned_bytes", "request", "ring", "slot", "tag")
+    __slots__ = (
+        "address",
+        "auto_buffer",
+        "auto_ring",
+        "committed",
+        "delivered_flags",
+        "flags",
+        "poisoned_bytes",
+        "request",
+        "result",
+        "ring",
+        "sectors_copied",
+        "shared",
+        "shared_address",
+        "tag",
+        "task",
+        "uses",
+    )
 
     def __init__(self, tag: int) -> None:
         self.tag = tag
@@ -54,11 +74,29 @@ class SimTag:
     def reset(self) -> None:
         """Forget everything: a new server may fetch it."""
         self.flags = 0
-        self.slot = NO_SLOT
+        self.address = 0
         self.request: Request | None = None
-        self.ring: SimQueueRing | None = None
+        #: How much of a WRITE's data fitted, when that was not all; else -1.
+        self.sectors_copied = -1
+        #: Where the pending command came from, and will be completed.
+        self.ring: CommandRing | None = None
+        #: References to the request's data, besides the server's own until it commits.
+        self.uses = 0
+        #: A commit came, with `result`, while there were such references: the request ends with the last of them.
+        self.committed = False
+        self.result = 0
+        #: AUTO_BUF_REG: the word that the last command carried, and where the request's buffer was registered.
+        self.auto_buffer = 0
+        self.auto_ring: CommandRing | None = None
+        #: The request's data lies in memory that it shares with the server: where, as the descriptor says it.
+        self.shared = False
+        self.shared_address: int | None = None
+        #: What delivery adds to the request's flags.
+        self.delivered_flags = 0
+        #: The daemon: who fetched it.
+        self.task: object = None
         #: How much of the buffer is poison, or -1 when it is the server's to use.
         self.poisoned_bytes = -1
 
     def __repr__(self) -> str:
-        return f"<tag {self.tag} {TagFlag(self.flags)!r} slot {self.slot} {self.request}>"
+        return f"<tag {self.tag} {TagFlag(self.flags)!r} address {self.address:#x} {self.request}>"

@@ -1,0 +1,423 @@
+"""Batch commands: prepare, commit, multishot fetch, and their rules."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+import pytest
+
+from tests.sim.mini import basic_params
+from tests.sim.raw import FETCH, RawServer, raw_kernel, raw_server
+from ublk_trio.errors import KernelError
+from ublk_trio.kernel_sim import Bio, SeededChoices, SimKernel
+from ublk_trio.kernel_sim.process import ByteFile
+from ublk_trio.kernel_sim.uring import (
+    CQE_BUFFER,
+    CQE_BUFFER_SHIFT,
+    CQE_MORE,
+    Cqe,
+    SimUring,
+    Sqe,
+    UringOp,
+)
+from ublk_trio.uapi import (
+    BasicAttr,
+    BatchFlag,
+    BatchIo,
+    Feature,
+    IoCommand,
+    IoFlag,
+    IoOp,
+    batch_elem_layout,
+    io_opcode,
+)
+
+PREP, COMMIT, FETCH_BATCH = IoCommand.PREP_IO_CMDS, IoCommand.COMMIT_IO_CMDS, IoCommand.FETCH_IO_CMDS
+REGISTER, UNREGISTER = IoCommand.REGISTER_IO_BUF, IoCommand.UNREGISTER_IO_BUF
+GROUP = 5
+
+
+@attrs.frozen
+class Batch:
+    """A batch server on one queue: elements are (tag, buffer index, result), and the address of its tag in copy mode."""
+
+    server: RawServer
+    flags: BatchFlag
+
+    @property
+    def ring(self) -> SimUring:
+        return self.server.ring
+
+    def sqe(
+        self,
+        command: int,
+        elements: Sequence[tuple[int, ...]] = (),
+        *,
+        user_data: int = 1,
+        count: int | None = None,
+        elem_bytes: int | None = None,
+        flags: int | None = None,
+        queue: int = 0,
+        addr: int | None = None,
+        more: bool = True,
+    ) -> Sqe:
+        layout = batch_elem_layout(self.flags)
+        data = bytearray()
+        for tag, *rest in elements:
+            index, result = (*rest, 0, 0)[:2]
+            words = [tag, index, result]
+            if self.flags & BatchFlag.HAS_BUF_ADDR:
+                words.append(self.server.buffers[0][tag] if tag < len(self.server.buffers[0]) else 4096)
+            data += layout.pack(*words)
+        io = BatchIo(
+            q_id=queue,
+            flags=BatchFlag(self.flags if flags is None else flags),
+            nr_elem=len(elements) if count is None else count,
+            elem_bytes=layout.size if elem_bytes is None else elem_bytes,
+        )
+        is_fetch = command == FETCH_BATCH and more
+        return Sqe(
+            opcode=UringOp.URING_CMD,
+            file=self.server.char,
+            cmd_op=io_opcode(command, ioctl_encoded=True),
+            payload=io.pack(),
+            addr=addr if addr is not None else self.server.process.memory.map(data) if data else 0,
+            buf_index=GROUP if is_fetch else 0,
+            buffer_select=is_fetch,
+            multishot=is_fetch,
+            user_data=user_data,
+        )
+
+    def send(
+        self, command: int, elements: Sequence[tuple[int, ...]] = (), *, ring: SimUring | None = None, **more: int
+    ) -> int:
+        ring = ring if ring is not None else self.ring
+        ring.submit([self.sqe(command, elements, user_data=77, **more)])  # type: ignore[arg-type]
+        (cqe,) = [cqe for cqe in ring.reap() if cqe.user_data == 77]
+        return cqe.result
+
+    def fetch(self, ring: SimUring | None = None, user_data: int = 1) -> None:
+        (ring if ring is not None else self.ring).submit(
+            [self.sqe(FETCH_BATCH, elem_bytes=2, flags=0, user_data=user_data)]
+        )
+
+    def provide(self, ring: SimUring, sizes: Sequence[int]) -> list[int]:
+        addresses = [self.server.process.memory.map(max(size, 1)) for size in sizes]
+        ring.register_buffer_ring(GROUP, list(zip(addresses, sizes, strict=True)))
+        return addresses
+
+    def tags(self, address: int, length: int) -> list[int]:
+        view = self.server.process.memory.view(address, length)
+        assert view is not None
+        return list(view.cast("H"))
+
+
+def batch_server(
+    kernel: SimKernel | None = None,
+    *,
+    depth: int = 4,
+    flags: Feature = Feature(0),  # noqa: B008
+    live: bool = True,
+    batch_flags: BatchFlag | None = None,
+) -> Batch:
+    server = raw_server(
+        kernel if kernel is not None else raw_kernel(),
+        depth=depth,
+        flags=Feature.BATCH_IO | flags,
+        copies=not flags,
+        live=False,
+        params=basic_params(attrs=BasicAttr.VOLATILE_CACHE),
+    )
+    if batch_flags is None:
+        batch_flags = BatchFlag(0) if flags else BatchFlag.HAS_BUF_ADDR
+    batch = Batch(server, batch_flags)
+    if live:
+        server.ring.submit([batch.sqe(PREP, [(tag, tag) for tag in range(depth)])])
+        assert server.control.start(server.info.dev_id) == 0
+        server.ring.reap()
+    return batch
+
+
+def reads(batch: Batch, count: int) -> list[Bio]:
+    return [batch.server.disk.submit(IoOp.READ, 512 * i, 512) for i in range(count)]
+
+
+def test_many_tags_by_one_command() -> None:
+    """One completion delivers what came, one command commits it; data moves by the addresses in the elements."""
+    batch = batch_server()
+    addresses = batch.provide(batch.ring, [64, 64])
+    bios = reads(batch, 2)
+    written = batch.server.disk.submit(IoOp.WRITE, 8192, b"w" * 512)
+    batch.fetch()
+    assert batch.ring.reap() == [Cqe(1, 6, CQE_MORE | CQE_BUFFER)]
+    assert batch.tags(addresses[0], 6) == [0, 1, 2]
+    assert [batch.server.descriptor(tag).start_sector for tag in range(3)] == [0, 1, 16]
+    assert batch.server.buffer(2, 512) == b"w" * 512
+    batch.server.buffer(0, 512)[:] = b"0" * 512
+    batch.server.buffer(1, 512)[:] = b"1" * 512
+    assert batch.send(COMMIT, [(1, 0, 512), (0, 0, 512), (2, 0, 512)]) == 3 * 16
+    assert [bytes(bio.data) for bio in bios] == [b"0" * 512, b"1" * 512]
+    assert written.result == 512
+    # It goes on, with the next buffer.
+    reads(batch, 1)
+    (cqe,) = batch.ring.reap()
+    assert (cqe.result, cqe.flags >> CQE_BUFFER_SHIFT) == (2, 1)
+
+
+def test_prepare_is_all_or_nothing() -> None:
+    """A wrong element undoes those before it; the checks come in the driver's order."""
+    batch = batch_server(live=False)
+    for elements, number in [
+        ([(0,), (4,)], errno.EINVAL),
+        ([(0,), (0,)], errno.EINVAL),
+        ([(0,), (1,), (2,), (3,), (0,)], errno.E2BIG),
+    ]:
+        assert batch.send(PREP, elements) == -number
+    assert batch.send(PREP, [(0,), (1,)], addr=8) == -errno.EFAULT
+    assert batch.send(PREP, []) == 0
+    assert batch.send(PREP, [(0,), (1,), (2,)]) == 0
+    assert batch.send(PREP, [(2,)]) == -errno.EINVAL
+    # The last tag makes the device ready for a moment, but the element after it spoils that.
+    assert batch.send(PREP, [(3,), (3,)]) == -errno.EBUSY
+    batch.fetch()
+    assert batch.ring.reap() == [Cqe(1, -errno.ENODEV)]
+    assert batch.server.control.start() is None
+    assert batch.send(PREP, [(3,)]) == 0
+    assert [cqe.result for cqe in batch.server.control.ring.reap()] == [0]
+    assert batch.send(PREP, [(3,)]) == -errno.EBUSY
+    zero = Batch(batch_server(live=False).server, BatchFlag(0))
+    assert zero.send(PREP, [(0,)]) == -errno.EINVAL
+
+
+def test_a_commit_may_be_partial() -> None:
+    """What precedes a wrong element counts; the error is told only when nothing does."""
+    batch = batch_server()
+    batch.provide(batch.ring, [64])
+    bios = reads(batch, 3)
+    batch.fetch()
+    batch.ring.reap()
+    assert batch.send(COMMIT, [(3, 0, 512)]) == -errno.EBUSY
+    assert batch.send(COMMIT, [(9, 0, 512)]) == -errno.EINVAL
+    assert batch.send(COMMIT, [(0, 0, 512), (3, 0, 512), (1, 0, 512)]) == 16
+    assert [bio.done for bio in bios] == [True, False, False]
+    assert batch.send(COMMIT, [(1, 0, 512)], addr=8) == -errno.EFAULT
+    zero = attrs.evolve(batch, flags=BatchFlag(0))
+    assert zero.send(COMMIT, [(1, 0, 512)]) == -errno.EINVAL
+    # 480 bytes are read at a time: a fault behind them leaves them done.
+    big = batch_server(depth=40)
+    big.provide(big.ring, [80])
+    reads(big, 31)
+    big.fetch()
+    big.ring.reap()
+    layout = batch_elem_layout(BatchFlag.HAS_BUF_ADDR)
+    data = bytearray(b"".join(layout.pack(tag, 0, 512, big.server.buffers[0][tag]) for tag in range(30)))
+    address = big.server.process.memory.map(data)
+    assert big.send(COMMIT, [(tag,) for tag in range(31)], addr=address) == 480
+
+
+@pytest.mark.parametrize(
+    ("more", "number"),
+    [
+        ({"queue": 1}, errno.EINVAL),
+        ({"flags": 8 | 2}, errno.EINVAL),
+        ({"flags": 0}, errno.EINVAL),
+        ({"elem_bytes": 8}, errno.EINVAL),
+        ({"elem_bytes": 24, "flags": 3}, errno.EINVAL),
+        ({"elem_bytes": 16, "flags": 6}, errno.EINVAL),
+        ({"count": 5, "flags": 8}, errno.E2BIG),
+    ],
+)
+def test_the_command_itself_is_checked(more: dict[str, Any], number: int) -> None:
+    """PREP and COMMIT: queue, number of elements, flags that the device has no use for, an element's size."""
+    batch = batch_server(live=False)
+    for command in (PREP, COMMIT):
+        assert batch.send(command, [(0,)], **more) == -number
+
+
+@pytest.mark.parametrize("more", [{"queue": 1}, {"elem_bytes": 4}, {"flags": 2}, {"flags": 8}])
+def test_fetches_are_checked(more: dict[str, Any]) -> None:
+    """FETCH_IO_CMDS: queue, two bytes a tag, no flags, multishot."""
+    batch = batch_server()
+    arguments: dict[str, Any] = {"elem_bytes": 2, "flags": 0} | more
+    assert batch.send(FETCH_BATCH, **arguments) == -errno.EINVAL
+    assert batch.send(FETCH_BATCH, elem_bytes=2, flags=0, more=False) == -errno.EINVAL
+
+
+def test_other_commands() -> None:
+    """Per-tag commands EOPNOTSUPP behind a check of the tag; opcodes must be right in every bit."""
+    batch = batch_server()
+    server = batch.server
+    assert server.io(FETCH, 0) == -errno.EOPNOTSUPP
+    assert server.io(FETCH, 4) == -errno.EINVAL
+    assert server.io(FETCH, 0, queue=1) == -errno.EINVAL
+    assert server.io(0x21, 0, cmd_op=0x21) == -errno.EOPNOTSUPP
+    assert server.io(PREP, 0, cmd_op=0x25) == -errno.EOPNOTSUPP
+    assert server.io(UNREGISTER, 9, addr=0) == -errno.EINVAL
+
+
+def test_no_buffer_ends_a_fetch() -> None:
+    """ENOBUFS, and what came waits for the next fetch; buffers too small for a tag are none."""
+    batch = batch_server()
+    addresses = batch.provide(batch.ring, [2])
+    batch.fetch()
+    reads(batch, 2)
+    assert batch.ring.reap() == [Cqe(1, 2, CQE_MORE | CQE_BUFFER), Cqe(1, -errno.ENOBUFS)]
+    batch.ring.provide_buffer(GROUP, 7, addresses[0], 1)
+    batch.fetch()
+    assert batch.ring.reap() == [Cqe(1, -errno.ENOBUFS)]
+    other = SimUring(batch.server.process.task())
+    batch.fetch(other)
+    assert other.reap() == [Cqe(1, -errno.ENOBUFS)]
+    addresses = batch.provide(other, [64])
+    batch.fetch(other)
+    assert other.reap() == [Cqe(1, 2, CQE_MORE | CQE_BUFFER)]
+    assert batch.tags(addresses[0], 2) == [1]
+    with pytest.raises(KernelError) as caught:
+        other.register_buffer_ring(GROUP, [])
+    assert caught.value.errno == errno.EEXIST
+
+
+def test_a_full_completion_queue_ends_a_fetch() -> None:
+    """The tags are taken back, with their registered buffers, and delivered by another command."""
+    batch = batch_server(flags=Feature.AUTO_BUF_REG)
+    ring = SimUring(batch.server.tasks[0], sq_entries=1, cq_entries=1)
+    ring.register_buffers(4)
+    batch.provide(ring, [64])
+    ring.submit([Sqe(opcode=UringOp.NOP, user_data=3)])
+    batch.fetch(ring)
+    reads(batch, 1)
+    assert ring.reap(0) == []
+    assert ring.buffer(0) is None
+    assert ring.reap() == [Cqe(3, 0)]
+    assert ring.reap() == [Cqe(1, -errno.ENOBUFS)]
+    batch.fetch(ring)
+    assert ring.reap() == [Cqe(1, 2, CQE_MORE | CQE_BUFFER)]
+    assert ring.buffer(0) is not None
+
+
+def test_at_most_128_tags_at_a_time() -> None:
+    """However large the buffer is."""
+    batch = batch_server(depth=200)
+    batch.provide(batch.ring, [4096, 4096])
+    reads(batch, 200)
+    batch.fetch()
+    assert [cqe.result for cqe in batch.ring.reap()] == [256, 144]
+
+
+def test_stop_ends_fetches() -> None:
+    """STOP_DEV: ENODEV for those that wait, and for those that come."""
+    batch = batch_server()
+    batch.provide(batch.ring, [64])
+    batch.fetch(user_data=1)
+    batch.fetch(user_data=2)
+    assert batch.server.control.stop() == 0
+    assert batch.ring.reap() == [Cqe(1, -errno.ENODEV), Cqe(2, -errno.ENODEV)]
+    batch.fetch(user_data=3)
+    assert batch.ring.reap() == [Cqe(3, -errno.ENODEV)]
+    assert batch.send(PREP, [(0,)]) == -errno.ENODEV
+    batch.server.char.close()
+    assert batch.server.control.delete() == 0
+
+
+def test_a_ring_with_fetches_takes_the_server_along() -> None:
+    """Its end cancels every queue; what nobody fetched fails with the last close, like what the server held."""
+    batch = batch_server()
+    batch.provide(batch.ring, [2])
+    other = SimUring(batch.server.process.task())
+    batch.fetch(other)
+    batch.fetch()
+    bios = reads(batch, 3)
+    batch.ring.reap()
+    other.close()
+    late = batch.server.disk.submit(IoOp.READ, 0, 512)
+    assert late.result == -errno.EIO
+    batch.fetch()
+    assert batch.ring.reap()[-1] == Cqe(1, -errno.ENODEV)
+    assert not any(bio.done for bio in bios)
+    batch.server.process.exit()
+    assert [bio.result for bio in bios] == [-errno.EIO] * 3
+    again = batch_server(batch.server.process.kernel)
+    assert again.server.info.dev_id == 1
+
+
+def test_registered_buffers_in_batches() -> None:
+    """AUTO_BUF_REG with FALLBACK by the elements' index; REGISTER_IO_BUF and UNREGISTER_IO_BUF by whoever likes."""
+    batch = batch_server(
+        flags=Feature.AUTO_BUF_REG | Feature.SUPPORT_ZERO_COPY, batch_flags=BatchFlag.AUTO_BUF_REG_FALLBACK
+    )
+    server = batch.server
+    batch.ring.register_buffers(2)
+    addresses = batch.provide(batch.ring, [64])
+    file = ByteFile(server.process, bytearray(b"b" * 512))
+    bios = reads(batch, 3)
+    batch.fetch()
+    assert [cqe.result for cqe in batch.ring.reap()] == [6]
+    assert batch.tags(addresses[0], 6) == [0, 1, 2]
+    assert [IoFlag.NEED_REG_BUF in server.descriptor(tag).flags for tag in range(3)] == [False, False, True]
+    fixed = Sqe(opcode=UringOp.READ_FIXED, file=file, buf_index=0, length=512)
+    batch.ring.submit([fixed])
+    assert batch.ring.reap() == [Cqe(0, 512)]
+    assert batch.send(COMMIT, [(0, 0, 512), (1, 1, 512)]) == 16
+    assert bytes(bios[0].data) == b"b" * 512
+    assert [bio.done for bio in bios] == [True, True, False]
+    assert batch.ring.buffer(0) is None
+    ring = SimUring(server.process.task())
+    ring.register_buffers(1)
+    assert server.io(REGISTER, 2, addr=0, ring=ring) == 0
+    assert server.io(REGISTER, 2, addr=0, ring=ring) == -errno.EBUSY
+    assert batch.send(COMMIT, [(2, 0, 512)]) == 8
+    assert not bios[2].done
+    assert server.io(UNREGISTER, 0, addr=0, ring=ring) == 0
+    assert bios[2].result == 512
+
+
+def test_all_of_a_buffer_can_fail() -> None:
+    """Requests whose buffers do not go in fail without a completion, and the provided buffer is used for the next."""
+    batch = batch_server(flags=Feature.AUTO_BUF_REG)
+    batch.provide(batch.ring, [64])
+    batch.fetch()
+    bios = reads(batch, 2)
+    assert batch.ring.reap() == []
+    assert [bio.result for bio in bios] == [-errno.EIO] * 2
+    batch.server.disk.submit(IoOp.FLUSH)
+    assert [cqe.result for cqe in batch.ring.reap()] == [2]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_nothing_is_lost_or_doubled(seed: int) -> None:
+    """Under any choices, with two rings and few buffers, every request is delivered once."""
+    kernel = raw_kernel()
+    batch = batch_server(kernel)
+    kernel.choices = SeededChoices(seed)
+    rings = [batch.ring, SimUring(batch.server.process.task())]
+
+    def submit(ring: SimUring, sqe: Sqe) -> None:
+        while True:
+            try:
+                if ring.submit([sqe]):
+                    return
+            except KernelError:
+                continue
+
+    addresses = {ring: batch.provide(ring, [4]) for ring in rings}
+    bios = reads(batch, 30)
+    running = dict.fromkeys(rings, False)
+    for _ in range(2000):
+        for ring in rings:
+            if not running[ring]:
+                submit(ring, batch.sqe(FETCH_BATCH, elem_bytes=2, flags=0))
+                running[ring] = True
+            for cqe in ring.reap():
+                if cqe.user_data == 1 and cqe.result > 0 and cqe.flags & CQE_BUFFER:
+                    tags = batch.tags(addresses[ring][0], cqe.result)
+                    submit(ring, batch.sqe(COMMIT, [(tag, 0, 512) for tag in tags], user_data=2))
+                    ring.provide_buffer(GROUP, 0, addresses[ring][0], 4)
+                elif cqe.user_data == 1 and not cqe.flags & CQE_MORE and cqe.result < 0:
+                    assert cqe.result == -errno.ENOBUFS
+                    running[ring] = False
+        if all(bio.done for bio in bios):
+            break
+    assert [bio.result for bio in bios] == [512] * 30

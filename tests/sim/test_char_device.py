@@ -1,0 +1,112 @@
+"""The char device as a file: mmap's rules, and who may hold it."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+
+from tests.sim.mini import live, machine
+from ublk_trio.errors import KernelError
+from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.char_device import check_mmap
+from ublk_trio.kernel_sim.device import SimDevice
+from ublk_trio.uapi import DevInfo, Feature
+
+#: Bytes of 4096 descriptors of 24 bytes each: a queue's share of the offsets.
+SHARE = 98304
+
+
+def make_device(*, queues: int = 2, depth: int = 200, descriptor: int = 0) -> SimDevice:
+    info = DevInfo(
+        dev_id=0,
+        nr_hw_queues=queues,
+        queue_depth=depth,
+        max_io_buf_bytes=65536,
+        # Without the feature the size is not looked at.
+        io_desc_size=descriptor or 96,
+        flags=Feature.IO_DESC_SIZE if descriptor else Feature(0),
+    )
+    return SimDevice(SimKernel(), info)
+
+
+def mapped(device: SimDevice, offset: int, length: int, *, writable: bool = False, process: object = 1) -> int:
+    return check_mmap(device, process, offset=offset, length=length, writable=writable)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "writable", "expected"),
+    [
+        (0, 8192, False, 0),
+        (SHARE, 8192, False, 1),
+        # 200 descriptors are 4800 bytes: two pages, of which a mapping may ask for any part of the second.
+        (0, 4800, False, 0),
+        (0, 4097, False, 0),
+        (0, 4096, False, -errno.EINVAL),
+        (0, 8193, False, -errno.EINVAL),
+        (0, 0, False, -errno.EINVAL),
+        (512, 8192, False, -errno.EINVAL),
+        (-4096, 8192, False, -errno.EINVAL),
+        # Any page of a queue's share means the queue.
+        (4096, 8192, False, 0),
+        (SHARE - 4096, 8192, False, 0),
+        (2 * SHARE - 4096, 8192, False, 1),
+        (2 * SHARE, 8192, False, -errno.EINVAL),
+        (0, 8192, True, -errno.EPERM),
+        # A mapping that is writable is refused before anybody looks where it is.
+        (2 * SHARE, 1, True, -errno.EPERM),
+    ],
+)
+def test_what_may_be_mapped(offset: int, length: int, writable: bool, expected: int) -> None:
+    """A queue's descriptors, all of their pages, read-only."""
+    assert mapped(make_device(), offset, length, writable=writable) == expected
+
+
+def test_larger_descriptors_take_more() -> None:
+    """With descriptors of 256 bytes the length and every queue's offset grow."""
+    device = make_device(descriptor=256)
+    assert mapped(device, 0, 53248) == 0
+    assert mapped(device, 256 * 4096, 53248) == 1
+    assert mapped(device, SHARE, 8192) == -errno.EINVAL
+
+
+def test_one_process_maps() -> None:
+    """The first process that tries, even in vain, is the only one, until the device is reset; for others EINVAL comes before EPERM."""
+    device = make_device()
+    assert mapped(device, 0, 1) == -errno.EINVAL
+    assert mapped(device, 0, 8192, process=2, writable=True) == -errno.EINVAL
+    assert mapped(device, 0, 8192) == 0
+    device.reset()
+    assert mapped(device, 0, 8192, process=2) == 0
+    assert mapped(device, 0, 8192) == -errno.EINVAL
+
+
+async def test_descriptor_size_is_what_was_asked() -> None:
+    """IO_DESC_SIZE is granted with its size; without it the size is 24, whatever stood there; an older driver echoes the field."""
+    for version, flags, asked, expected in (
+        ((7, 3), Feature.IO_DESC_SIZE, 64, 64),
+        ((7, 3), Feature(0), 64, 24),
+        ((6, 12), Feature(0), 64, 64),
+    ):
+        async with SimKernel(version=version).open_control() as control:
+            info = DevInfo(
+                dev_id=0, nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=4096, flags=flags, io_desc_size=asked
+            )
+            buffer = bytearray(info.pack())
+            assert await control.submit(4, dev_id=0, buffer=buffer) == 0  # type: ignore[arg-type]
+            assert DevInfo.unpack(buffer).io_desc_size == expected
+
+
+async def test_the_device_is_taken_until_the_last_ring_is_gone() -> None:
+    """Closing the char device before its rings frees nothing; closing them in the other order frees it with the last."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, live(m, queues=2) as device:
+        device.char.close()
+        for queue in device.queues:
+            with pytest.raises(KernelError) as caught:
+                await kernel.open_char_device(device.info, ioctl_encoded=True)
+            assert caught.value.errno == errno.EBUSY
+            queue.ring.close()
+        device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
+        device.queues = []
+    assert {violation.kind for violation in kernel.violations} == {"char-closed-before-ring"}
