@@ -503,7 +503,7 @@ class SimUring:
 
     def post_more(self, user_data: int, result: int, group: int, buffer_id: int) -> bool:
         """A completion of a command that goes on, and uses a buffer up. False when the completion queue is full."""
-        if self._overflowed or len(self._completions) >= self.cq_entries:
+        if len(self._completions) >= self.cq_entries:
             return False
         self._groups[group].popleft()
         self.post_cqe(user_data, result, CQE_MORE | CQE_BUFFER | buffer_id << CQE_BUFFER_SHIFT)
@@ -577,11 +577,11 @@ class SimUring:
             self._work.pop(choices.choose("task-work-next", len(self._work)))()
 
     def post_cqe(self, user_data: int, result: int, flags: int = 0) -> None:
-        """A completion: into the queue, or behind it when that is full or others wait already."""
+        """A completion: into the queue, or behind it when that is full; `reap` fills the room that it makes."""
         if self.closed:
             return
         cqe = Cqe(user_data, result, flags)
-        if self._overflowed or len(self._completions) >= self.cq_entries:
+        if len(self._completions) >= self.cq_entries:
             self.overflow += 1
             self._overflowed.append(cqe)
         else:
