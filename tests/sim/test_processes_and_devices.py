@@ -206,6 +206,39 @@ def test_a_strangers_fetch_keeps_the_disk_from_being_scanned() -> None:
         process.exit()
 
 
+def test_the_next_server_may_be_trusted() -> None:
+    """What an ordinary user's process fetched is forgotten with the last close: root's fetches after it let the disk be scanned."""
+    kernel = SimKernel()
+    root = RawControl(kernel.process())
+    info = root.add()
+    assert root.set_params(0, basic_params()) == 0
+    kernel.devices[0].node.mode = 0o666
+    for privileged in (False, True):
+        process = kernel.process(privileged=privileged, uid=1000)
+        char = process.open("/dev/ublkc0")
+        assert isinstance(char, CharFile)
+        ring = SimUring(process.main_task)
+        buffers = [[process.memory.map(65536) for _ in range(2)]]
+        server = RawServer(root, info, char, [process.main_task], [ring], kernel.block_device(0), buffers)
+        server.fetch_all()
+        if not privileged:
+            process.exit()
+    assert root.command(ControlCommand.START_DEV, data=process.pid) == 0
+    assert len(ring.reap()) == 1
+
+
+def test_a_pid_is_reported_while_its_process_lives() -> None:
+    """A server that closed its files is still somebody; one that exited is nobody, whenever it did."""
+    kernel = raw_kernel()
+    root = RawControl(kernel.process())
+    first = raw_server(kernel, flags=R)
+    first.ring.close()
+    first.char.close()
+    assert info_of(root).ublksrv_pid == first.process.pid
+    first.process.exit()
+    assert info_of(root).ublksrv_pid == -1
+
+
 def test_addresses_of_a_process() -> None:
     """A control command's address is one of the process': what it has not mapped is EFAULT."""
     kernel = raw_kernel()

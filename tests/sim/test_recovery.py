@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.sim.mini import GET_DATA, Machine, RawQueue, Started, live, machine
+from tests.sim.mini import GET_DATA, Machine, RawQueue, Started, live, machine, opened
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import Bio, DrawnChoices, SeededChoices, SimKernel
 from ublk_trio.ring import pack_answer
@@ -184,7 +184,88 @@ async def test_one_ring_of_two_goes() -> None:
         assert [bio.result for bio in bios + new] == [512] * 4
 
 
+async def test_held_requests_come_before_those_that_wait_for_a_tag() -> None:
+    """What was held goes to the head of the line, before later requests that found every tag in use."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, live(m, depth=1, flags=R) as device:
+        kernel.crash_server(0)
+        device.disk.submit(IoOp.READ, 0, 512)
+        await NextServer(m, device).open()
+        device.queue.fetch_all()
+        for sector in (1, 2):
+            device.disk.submit(IoOp.READ, 512 * sector, 512)
+        assert await m.command(END, data=kernel.server_pid) == 0
+        served = []
+        for _ in range(3):
+            event = device.queue.event()
+            served.append(event.start_sector)
+            device.queue.commit(event.tag, 512)
+        assert served == [1, 0, 2]
+
+
+async def test_stop_of_a_recovering_device() -> None:
+    """STOP_DEV fails what is held at once, and waits for what the next server has already."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, live(m, flags=R) as device, trio.open_nursery() as nursery:
+        kernel.crash_server(0)
+        held = device.disk.submit(IoOp.READ, 0, 512)
+        await NextServer(m, device).open()
+        device.queue.fetch_all()
+        owned = device.disk.submit(IoOp.READ, 512, 512)
+        event = device.queue.event()
+        nursery.start_soon(m.stop)
+        await wait_all_tasks_blocked()
+        assert (held.result, owned.result) == (-errno.EIO, None)
+        assert kernel.held_commands() == ["STOP_DEV of device 0, waiting for 1 operations on /dev/ublkb0"]
+        device.queue.commit(event.tag, 512)
+        await wait_all_tasks_blocked()
+        assert owned.result == 512
+        assert kernel.held_commands() == []
+
+
+async def test_a_queue_fetched_after_a_cancel_delivers_nothing() -> None:
+    """A ring that goes before START_DEV spoils the whole round: no queue delivers, though START_DEV finds all tags fetched."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, opened(m, queues=2, depth=2) as device:
+        device.queues[0].fetch_all()
+        device.queues[0].ring.close()
+        device.queues[1].fetch_all()
+        assert await m.start() == 0
+        assert [device.disk.submit(IoOp.READ, 0, 512).result for _ in range(2)] == [-errno.EIO] * 2
+
+
+async def test_a_stopped_device_starts_again() -> None:
+    """On 7.3 a device with recovery that was stopped serves again, once a new server has fetched its tags."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, live(m, flags=R) as device:
+        assert await m.stop() == 0
+        device.close()
+        device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
+        device.queues = [RawQueue(device.char.open_queue(0, buffers=4))]
+        device.queue.fetch_all()
+        assert await m.start() == 0
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        device.queue.commit(device.queue.event().tag, 512)
+        assert bio.result == 512
+
+
 # ---------------------------------------------------------------------- commands
+
+
+@pytest.mark.parametrize("version", [(6, 12), (6, 16), (7, 3)])
+async def test_end_of_recovery_is_about_the_next_server(version: tuple[int, int]) -> None:
+    """After START_USER_RECOVERY the old server's fetches count no more, in any release."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, flags=R) as device, trio.open_nursery() as nursery:
+        kernel.crash_server(0)
+        server = NextServer(m, device)
+        await server.open()
+        nursery.start_soon(lambda: m.command(END, data=kernel.server_pid))
+        await wait_all_tasks_blocked()
+        assert (await m.info()).state is DeviceState.QUIESCED
+        device.queue.fetch_all()
+        await wait_all_tasks_blocked()
+        assert (await m.info()).state is DeviceState.LIVE
 
 
 @VERSIONS
@@ -444,8 +525,6 @@ async def test_reissue_loses_nothing(version: tuple[int, int], seed: int) -> Non
             for queue in device.queues:
                 for event in queue.events()[: choices.choose("answers", 3)]:
                     queue.commit(event.tag, 512)
-            if all(kernel.devices[0].queues[i].all_owned for i in range(2)):
-                kernel.let_time_pass(30)
             kernel.crash_server(0)
             kernel.let_time_pass(30)
             while await m.command(BEGIN):

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.sim.mini import RawQueue, basic_params, live, machine
+from tests.sim.mini import RawQueue, basic_params, live, machine, opened
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
 from ublk_trio.uapi import ControlCommand, DeviceState, Feature, IoOp
@@ -95,6 +95,24 @@ async def test_two_queues_one_busy() -> None:
         assert (await m.info()).state is DeviceState.QUIESCED
 
 
+async def test_the_end_of_one_ring_ends_the_others_commands() -> None:
+    """When one queue's ring tells that the server goes, the idle commands of the others end with ABORT."""
+    kernel = old_kernel()
+    async with machine(kernel) as m, live(m, queues=2, depth=2) as device:
+        device.queues[0].ring.close()
+        assert [event.result for event in device.queues[1].events()] == [-errno.ENODEV] * 2
+
+
+async def test_without_a_disk_no_ring_tells() -> None:
+    """Before START_DEV one ring's exit is nobody else's business."""
+    kernel = old_kernel()
+    async with machine(kernel) as m, opened(m, queues=2, depth=2) as device:
+        for queue in device.queues:
+            queue.fetch_all()
+        device.queues[0].ring.close()
+        assert device.queues[1].events() == []
+
+
 async def test_the_last_close_resets_nothing() -> None:
     """A new server cannot fetch the tags of a device that was stopped, and START_DEV passes without them."""
     kernel = old_kernel()
@@ -105,7 +123,7 @@ async def test_the_last_close_resets_nothing() -> None:
         device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
         device.queues = [RawQueue(device.char.open_queue(0, buffers=4))]
         device.queue.fetch_all()
-        assert all(event.result < 0 for event in device.queue.events())
+        assert [event.result < 0 for event in device.queue.events()] == [True] * 4
         assert await m.start() == 0
         # It is a disk that serves nothing.
         assert device.disk.submit(IoOp.READ, 0, 512).result == -errno.EIO
@@ -167,7 +185,7 @@ async def test_in_between_a_stopped_device_keeps_its_tags() -> None:
         char = await kernel.open_char_device(device.info, ioctl_encoded=True)
         queue = RawQueue(char.open_queue(0, buffers=4))
         queue.fetch_all()
-        assert all(event.result < 0 for event in queue.events())
+        assert [event.result < 0 for event in queue.events()] == [True] * 4
         queue.ring.close()
         char.close()
 

@@ -147,6 +147,9 @@ async def test_the_limit_is_for_users_devices() -> None:
         user = User(kernel, m.control)
         assert await user.add() == 0
         assert await user.add() == -errno.EACCES
+        kernel.privileged = True
+        await m.add(7)
+        kernel.privileged = False
         assert await user.result(ControlCommand.DEL_DEV) == 0
         assert await user.add() == 0
 

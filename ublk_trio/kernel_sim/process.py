@@ -126,7 +126,7 @@ class SimProcess:
         """The process ends, as by SIGKILL: first its rings, then its mappings and files. Repeatable."""
         self.exited = True
         for device in self.kernel.devices.values():
-            if device.opener_pid == self.pid:
+            if self.pid in (device.opener_pid, device.info.ublksrv_pid):
                 device.server_died = True
         for ring in list(self.rings):
             ring.close()

@@ -504,11 +504,6 @@ class SimQueue:
         return any(tag.uses for tag in self.tags)
 
     @property
-    def all_owned(self) -> bool:
-        """No command is pending."""
-        return not any(tag.flags & ACTIVE for tag in self.tags)
-
-    @property
     def all_idle(self) -> bool:
         """Every tag waits for a request."""
         return all(tag.flags == ACTIVE for tag in self.tags)

@@ -124,7 +124,6 @@ def reset_for_recovery(device: SimDevice) -> None:
     device.reset()
     for queue in device.queues:
         queue.canceling = False
-    device.was_fetched = False
     device.update_delivery()
 
 
@@ -140,5 +139,5 @@ def request_timed_out(device: SimDevice, queue: SimQueue) -> None:
     if device.kernel.version.release_ends_server or not device.server_died:
         return
     # No command is left whose cancelling would tell: the timeout itself does.
-    if queue.all_owned and _is_news(device, queue):
+    if _is_news(device, queue):
         _end_server(device, [queue])
