@@ -280,6 +280,19 @@ def test_no_buffer_ends_a_fetch() -> None:
     assert caught.value.errno == errno.EEXIST
 
 
+def test_another_fetch_takes_over() -> None:
+    """What a fetch without buffers leaves behind is delivered at once by one that waits behind it."""
+    batch = batch_server()
+    other = SimUring(batch.server.process.task())
+    batch.provide(other, [64])
+    batch.fetch()
+    batch.fetch(other)
+    reads(batch, 2)
+    assert other.reap() == []
+    assert batch.ring.reap() == [Cqe(1, -errno.ENOBUFS)]
+    assert other.reap() == [Cqe(1, 4, CQE_MORE | CQE_BUFFER)]
+
+
 def test_a_full_completion_queue_ends_a_fetch() -> None:
     """The tags are taken back, with their registered buffers, and delivered by another command."""
     batch = batch_server(flags=Feature.AUTO_BUF_REG)

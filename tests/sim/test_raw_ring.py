@@ -102,6 +102,15 @@ def test_refusals_by_release(version: tuple[int, int], fetch_again: int, commit_
     assert server.io(FETCH, 1) == -fetch_again
 
 
+def test_a_refused_command_leaves_the_pending_one() -> None:
+    """A second FETCH_REQ is refused under its own user data; ABORT comes under the first one's."""
+    server = raw_server(raw_kernel(), live=False)
+    server.ring.submit([server.io_sqe(FETCH, 0, user_data=1), server.io_sqe(FETCH, 0, user_data=2)])
+    assert server.ring.reap() == [Cqe(2, -errno.EINVAL)]
+    assert server.control.stop() == 0
+    assert server.ring.reap() == [Cqe(1, -errno.ENODEV)]
+
+
 def test_bad_addresses() -> None:
     """EFAULT for a control command; a WRITE that fits in part says how much; one that does not fit comes again and again."""
     kernel = raw_kernel()

@@ -292,9 +292,14 @@ def test_a_commit_from_another_ring_leaves_the_buffer() -> None:
     """The buffer stays in the ring where it was registered, and keeps the request from ending."""
     server = auto_server()
     other = SimUring(server.tasks[0])
+    other.register_buffers(1)
     bio = server.disk.submit(IoOp.READ, 0, 512)
+    server.disk.submit(IoOp.READ, 512, 512)
     server.ring.reap()
+    assert server.io(REGISTER, 1, addr=0, ring=other) == 0
     assert server.io(COMMIT, 0, result=512, ring=other) is None
+    # Nor is another buffer taken for it.
+    assert other.buffer(0) is not None
     assert server.ring.buffer(0) is not None
     assert not bio.done
     assert server.io(UNREGISTER, 0, addr=0) == 0

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from ublk_trio.kernel_sim.queue import SimQueue
-    from ublk_trio.kernel_sim.uring import BatchCommands, SimUring
+    from ublk_trio.kernel_sim.uring import SimUring
+    from ublk_trio.kernel_sim.uring_commands import BatchCommands
 
 _MAX_TAGS: Final = 128
 #: A commit's elements are read in pieces of so many bytes.

@@ -25,12 +25,17 @@ import attrs
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
-from ublk_trio.kernel_sim import batch
-from ublk_trio.kernel_sim.batch import BatchQueue, FetchCommand
 from ublk_trio.kernel_sim.control import Call, execute
 from ublk_trio.kernel_sim.process import ByteFile, CharFile, ControlFile, SimFile
-from ublk_trio.kernel_sim.queue import BAD_OPCODE, ENDED, UNKNOWN_COMMAND, CommandRing
+from ublk_trio.kernel_sim.queue import BAD_OPCODE, UNKNOWN_COMMAND
 from ublk_trio.kernel_sim.registered import BufferTable, RequestBuffer
+from ublk_trio.kernel_sim.uring_commands import (
+    COMMIT_IO_CMDS,
+    FETCH_IO_CMDS,
+    PREP_IO_CMDS,
+    BatchCommands,
+    QueueCommands,
+)
 from ublk_trio.uapi import (
     BatchIo,
     ControlCmd,
@@ -45,16 +50,11 @@ from ublk_trio.uapi import (
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.process import SimTask
-    from ublk_trio.kernel_sim.queue import SimQueue
 
 _IOCTL_TYPE: Final = ord("u")
-_PREP_IO_CMDS: Final = io_opcode(IoCommand.PREP_IO_CMDS, ioctl_encoded=True)
-_COMMIT_IO_CMDS: Final = io_opcode(IoCommand.COMMIT_IO_CMDS, ioctl_encoded=True)
-_FETCH_IO_CMDS: Final = io_opcode(IoCommand.FETCH_IO_CMDS, ioctl_encoded=True)
 _REGISTER_IO_BUF: Final = io_opcode(IoCommand.REGISTER_IO_BUF, ioctl_encoded=True)
 _UNREGISTER_IO_BUF: Final = io_opcode(IoCommand.UNREGISTER_IO_BUF, ioctl_encoded=True)
 _GET_FEATURES: Final = control_opcode(ControlCommand.GET_FEATURES, ioctl_encoded=True)
-_CAN_BE_PENDING: Final = frozenset({IoCommand.FETCH_REQ, IoCommand.COMMIT_AND_FETCH_REQ, IoCommand.NEED_GET_DATA})
 #: ``IORING_CQE_F_BUFFER`` and ``IORING_CQE_F_MORE``; a buffer's id stands above.
 CQE_BUFFER: Final = 1
 CQE_MORE: Final = 2
@@ -114,155 +114,6 @@ class Cqe:
     user_data: int
     result: int
     flags: int = 0
-
-
-class QueueCommands:
-    """The per-tag commands of one queue that came from one ring. Implements `queue.CommandRing`."""
-
-    paranoid = False
-    buffers: Sequence[memoryview] = ()
-
-    def __init__(self, ring: SimUring, file: CharFile, queue: SimQueue) -> None:
-        self.ring = ring
-        self.task: object = ring.task
-        self.queue = queue
-        self.kernel_holds: dict[int, int] = {}
-        #: The user data of each tag's pending command.
-        self.pending: dict[int, int] = {}
-        self.memory = ring.task.process.memory
-        self._file = file
-
-    def send(self, command: int, user_data: int, io: IoCmd, auto_buffer: int) -> int | None:
-        """Carry out a command: its result, or None when it is pending."""
-        queue = self.queue
-        if command not in _CAN_BE_PENDING:
-            result = queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
-            return 0 if result == ENDED else result
-        before = self.pending.get(io.tag)
-        # First, because a command may end before the driver is through with it.
-        self.pending[io.tag] = user_data
-        self._file.get()
-        result = queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
-        if not result:
-            return None
-        if before is None:
-            del self.pending[io.tag]
-        else:
-            self.pending[io.tag] = before
-        self._file.put()
-        return result
-
-    def register(self, io: IoCmd) -> int:
-        """REGISTER_IO_BUF without a look at the task: its result."""
-        result = self.queue.register(self, self.queue.tags[io.tag], io.addr)
-        return 0 if result == ENDED else result
-
-    def post(self, tag: int) -> None:
-        self.ring.add_work(lambda: self._deliver(tag))
-
-    def post_later(self, tag: int) -> None:
-        self.ring.add_work(lambda: self._deliver(tag), later=True)
-
-    def _deliver(self, number: int) -> None:
-        tag = self.queue.tags[number]
-        if self.queue.daemon not in (None, self.task):
-            # Delivery happens in the task that sent the command, and that is not the daemon.
-            self.queue.abort(tag)
-            return
-        tag.sectors_copied = -1
-        tag.delivered_flags = 0
-        result = self.queue.deliver(self, number)
-        if result is not None:
-            self.queue.descriptors[number] = self.queue.descriptor(tag)
-            self.post_result(number, result)
-
-    def post_result(self, tag: int, result: int) -> None:
-        self.ring.post_cqe(self.pending.pop(tag), result)
-        # Later: whoever is at work on the device must not find it released meanwhile.
-        self.ring.kernel.drop(self._file.put)
-
-    def copy_to(self, address: int, data: memoryview) -> int:
-        target = self.memory.available(address, len(data))
-        target[:] = data[: len(target)]
-        return len(target)
-
-    def copy_from(self, address: int, data: memoryview) -> int:
-        source = self.memory.available(address, len(data))
-        data[: len(source)] = source
-        return len(source)
-
-    def register_buffer(self, index: int, buffer: RequestBuffer) -> int:
-        return self.ring.table.register(index, buffer)
-
-    def unregister_buffer(self, index: int) -> int:
-        return self.ring.table.unregister(index)
-
-    def is_same_ring(self, other: CommandRing) -> bool:
-        return isinstance(other, QueueCommands) and other.ring is self.ring
-
-    def close(self) -> None:
-        """The ring ends: what is pending is cancelled."""
-        if not self.pending:
-            return
-        self.queue.device.cancel_ring(self)
-        for _ in self.pending:
-            self.ring.kernel.drop(self._file.put)
-        self.pending.clear()
-
-
-class BatchCommands(QueueCommands):
-    """The same for a device with batch commands: tags belong to no task, and nothing is pending but FETCH_IO_CMDS."""
-
-    def __init__(self, ring: SimUring, file: CharFile, queue: SimQueue, batch: BatchQueue) -> None:
-        super().__init__(ring, file, queue)
-        self.task = None
-        self._batch = batch
-        self._fetches = 0
-
-    def start(self, sqe: Sqe, io: BatchIo) -> int | None:
-        """One of the three: its result, or None when it is pending, or ended with a completion of its own."""
-        if sqe.cmd_op != _FETCH_IO_CMDS:
-            handle = batch.prepare if sqe.cmd_op == _PREP_IO_CMDS else batch.commit
-            return batch.refused(self.queue, io) or handle(self.queue, self, io, sqe.addr)
-        refused = batch.fetch_refused(io, multishot=sqe.multishot)
-        if refused:
-            return refused
-        self._fetches += 1
-        self._file.get()
-        self._batch.attach(FetchCommand(self, sqe.user_data, sqe.buf_index))
-        return None
-
-    def fetch_ended(self) -> None:
-        """A FETCH_IO_CMDS had its last completion."""
-        self._fetches -= 1
-        self.ring.kernel.drop(self._file.put)
-
-    def prepare_delivery(self, number: int) -> bool:
-        """Do for a tag what its own command would do; False when its request cannot be delivered now."""
-        tag = self.queue.tags[number]
-        tag.sectors_copied = -1
-        tag.delivered_flags = 0
-        if self.queue.deliver(self, number) is None:
-            return False
-        self.queue.descriptors[number] = self.queue.descriptor(tag)
-        return True
-
-    def post(self, tag: int) -> None:
-        self._batch.post(tag)
-
-    def post_later(self, tag: int) -> None:
-        self.ring.add_work(lambda: self._batch.post(tag), later=True)
-
-    def post_result(self, tag: int, result: int) -> None:
-        raise AssertionError("no tag has a command of its own")
-
-    def close(self) -> None:
-        if self._fetches:
-            self.queue.device.set_canceling()
-            self._batch.ring_closed(self)
-            for _ in range(self._fetches):
-                self.ring.kernel.drop(self._file.put)
-            self._fetches = 0
 
 
 class _ControlCommand:
@@ -462,7 +313,7 @@ class SimUring:
     def _batch(self, sqe: Sqe, file: CharFile) -> int | None:
         """A command to a device with BATCH_IO: opcodes must be right in every bit."""
         device = file.device
-        if sqe.cmd_op in (_PREP_IO_CMDS, _COMMIT_IO_CMDS, _FETCH_IO_CMDS):
+        if sqe.cmd_op in (PREP_IO_CMDS, COMMIT_IO_CMDS, FETCH_IO_CMDS):
             # Whatever flags: unknown ones are refused in their turn.
             queue_id, flags, nr_elem, elem_bytes, *_ = BatchIo.LAYOUT.unpack(
                 self._command_area(sqe, BatchIo.LAYOUT.size)
@@ -503,7 +354,7 @@ class SimUring:
 
     def post_more(self, user_data: int, result: int, group: int, buffer_id: int) -> bool:
         """A completion of a command that goes on, and uses a buffer up. False when the completion queue is full."""
-        if self._overflowed or len(self._completions) >= self.cq_entries:
+        if len(self._completions) >= self.cq_entries:
             return False
         self._groups[group].popleft()
         self.post_cqe(user_data, result, CQE_MORE | CQE_BUFFER | buffer_id << CQE_BUFFER_SHIFT)
@@ -577,11 +428,11 @@ class SimUring:
             self._work.pop(choices.choose("task-work-next", len(self._work)))()
 
     def post_cqe(self, user_data: int, result: int, flags: int = 0) -> None:
-        """A completion: into the queue, or behind it when that is full or others wait already."""
+        """A completion: into the queue, or behind it when that is full; `reap` fills the room that it makes."""
         if self.closed:
             return
         cqe = Cqe(user_data, result, flags)
-        if self._overflowed or len(self._completions) >= self.cq_entries:
+        if len(self._completions) >= self.cq_entries:
             self.overflow += 1
             self._overflowed.append(cqe)
         else:
