@@ -8,8 +8,8 @@ that writes the disk's dirty pages back through us):
     STOP_DEV → queues end → rings exit and unmap → char device close → DEL_DEV → backend close
 
 A device that is taken over from a server that died begins with START_USER_RECOVERY instead of ADD_DEV and SET_PARAMS, and
-END_USER_RECOVERY instead of START_DEV. Until that has succeeded it is not ours: what fails before lets go of it, and leaves
-it as it was, to be recovered another time.
+END_USER_RECOVERY instead of START_DEV. Until it is live and handed out it is not ours: what fails before lets go of it, and
+leaves it as it was, to be recovered another time.
 
 Whatever ends it (a stop, the surrounding scope cancelled, a failure half way up), it goes down the same stairs from
 where it stands.
@@ -276,7 +276,7 @@ class Device:
         try:
             yield char
         finally:
-            if self._stopped_by_others:
+            if self._stopped_by_others and self._owned:
                 with trio.CancelScope(shield=True), already_gone_is_fine():
                     self._deleted = await self._control.delete_device_async(self.dev_id)
             char.close()
@@ -306,6 +306,9 @@ class Device:
                 if self._start_error is not None:
                     raise self._start_error
                 if not self._stop_asked.is_set():
+                    # Whoever takes a disk over and is cancelled has not got it, and must not take it down with them.
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                    self._owned = True
                     logger.info(
                         "device %d: %s is live, served %s from %s", self.dev_id, self.path, self.serve, self.backend
                     )
@@ -327,11 +330,10 @@ class Device:
         # order. The queues serve while it runs, so it ends soon; if they cannot, `_stop_serving` ends it.
         try:
             with self._start_scope:
-                if self._owned:
+                if self._recoverable is None:
                     await self._control.start_device(self.dev_id)
                 else:
                     await self._control.end_recovery(self.dev_id)
-                    self._owned = True
         except KernelError as error:
             self._start_error = error
         finally:
@@ -385,6 +387,7 @@ class Device:
     async def _let_go(self) -> None:
         """Leave a disk that could not be taken over as it was: without a server, but there."""
         logger.info("device %d: not taken over", self.dev_id)
+        self._stopping = True
         self._start_scope.cancel()
         # First the rings, so that nothing is answered any more: what we were given already goes to the next server.
         self._close_rings()

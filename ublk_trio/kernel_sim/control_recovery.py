@@ -65,6 +65,8 @@ def end_recovery(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
             return -errno.EBUSY
         device.set_state(DeviceState.LIVE, call.pid)
         device.quiesced = False
+        for queue in device.queues:
+            queue.fails_all = False
         device.update_delivery()
         device.redispatch()
         return 0
