@@ -14,13 +14,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim import faults as fault_table
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
@@ -39,7 +40,8 @@ class SimKernel:
     ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
     ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
     the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
-    the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
+    the run as tuples. ``devices_max`` is the driver's ``ublks_max``. ``faults`` are names of `faults.FAULTS`; None is
+    what a healthy kernel may do.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SimKernel:
         privileged: bool = True,
         legacy_opcodes: bool = True,
         devices_max: int = 64,
+        faults: Collection[str] | None = None,
     ) -> None:
         assert cpus > 0
         self.choices = choices if choices is not None else FirstChoice()
@@ -67,6 +70,10 @@ class SimKernel:
         self.privileged = privileged
         self.legacy_opcodes = legacy_opcodes
         self.devices_max = devices_max
+        #: What may go wrong now. May change at any time: emptied, nothing more goes wrong.
+        self.faults = fault_table.enabled(faults)
+        #: How often the whole server was killed.
+        self.kills = 0
         #: The process that opens char devices; START_DEV must name it.
         self.server_pid = os.getpid()
         self.log: list[tuple[Any, ...]] | None = [] if log else None
@@ -165,7 +172,20 @@ class SimKernel:
         if device.char is not None:
             device.char.close()
 
+    def kill_server(self) -> None:
+        """The server's process is killed, whatever it was doing: every ring, control ring and char device closes."""
+        self.kills += 1
+        for device in list(self.devices.values()):
+            if device.char_in_use:
+                self.crash_server(device.dev_id)
+        for ring in list(self.control_rings):
+            ring.close()
+
     # ------------------------------------------------------------------ for the other modules
+
+    def strikes(self, fault: str, options: int = 2) -> bool:
+        """Whether a fault happens here: if it is enabled, one of so many options (the last) says so."""
+        return fault in self.faults and self.choices.choose(fault, options) == options - 1
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""
