@@ -103,6 +103,12 @@ def test_a_backend_that_does_not(backend: type[Honest | WriteThrough]) -> None:
         run_against(backend, settings=HUNT)
 
 
+def test_the_dead_are_quiet(caplog: pytest.LogCaptureFixture) -> None:
+    """What a killed server's tasks say on their way out is no error of anybody's."""
+    run_against(Honest, endings=["kill"], settings=settings(CHECK, max_examples=20))
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 @pytest.mark.parametrize("fault", ["lost-write", "misdirected-write"])
 def test_a_backend_on_broken_storage(fault: str) -> None:
     """What the storage loses or misplaces is found above it."""

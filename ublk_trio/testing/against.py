@@ -8,6 +8,7 @@ failure, the latter two with operations in flight. In the end the faults stop, t
 from __future__ import annotations
 
 import errno
+import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal, get_args
 
@@ -30,6 +31,7 @@ from ublk_trio.testing.strategies import Operation, device_options, kernel_choic
 from ublk_trio.uapi import IoOp
 
 Ending = Literal["stop", "kill", "crash"]
+_LOGGER = logging.getLogger("ublk_trio")
 #: Virtual seconds in which a life must end: nothing waits so long but for ever.
 LIFE_SECONDS_MAX = 3600.0
 #: Passes of the scheduler between the last group's begin and a death.
@@ -123,6 +125,7 @@ class _Run:
 
     async def _live(self, life: Life) -> None:
         kills = self.kernel.kills
+        level = _LOGGER.level
         try:
             with trio.fail_after(LIFE_SECONDS_MAX):
                 await self._serve(life)
@@ -135,6 +138,8 @@ class _Run:
                 return
             if self.kernel.kills == kills or _find(error, KeyboardInterrupt):
                 raise  # of the dead nothing is known but what they left
+        finally:
+            _LOGGER.setLevel(level)
         if self.kernel.kills != kills:
             self._die(life)
             async with open_control(self.kernel) as control:
@@ -169,7 +174,8 @@ class _Run:
                         await trio.lowlevel.checkpoint()
 
     def _die(self, life: Life) -> None:
-        """At once: what the dead process' tasks still do on their way out changes nothing any more."""
+        """At once: what the dead process' tasks still do on their way out changes nothing, and interests nobody."""
+        _LOGGER.setLevel(logging.CRITICAL + 1)
         self.storage = self.storage.crash() if life.ending == "crash" else self.storage.restart()
         if self.model is not None:
             self.model.crash()
