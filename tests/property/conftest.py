@@ -15,6 +15,12 @@ import pytest
 from tests.property.reports import CAUGHT, table
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("the property suite's state machine")
+    group.addoption("--replay", metavar="BLOB", help="repeat one failing run, as a failure's note or a soak says")
+    group.addoption("--plant", metavar="BUG", help="with this bug of tests/property/planted.py")
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     """The engine logs every planned failure with its traceback, thousands of them; the tests look at states instead."""
