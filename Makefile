@@ -9,6 +9,9 @@ PYTHON ?= python3
 ARGS ?= --kernel sim --backend memory:64M --seconds 5
 # More options for the virtual machines of `make test` and `make bench`, for example --kvm where that works.
 VM_OPTIONS ?=
+# How long `make soak` looks, and which bug of tests/property/planted.py it has to find (`random`: any; nothing: none).
+SECONDS ?= 600
+PLANT ?=
 
 SETUP = PYTHON='$(PYTHON)' tools/setup.sh
 RUN = .venv/bin/python
@@ -16,7 +19,7 @@ TYPED = ublk_trio tests native docs bench tools
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test lint bench docs
+.PHONY: help start test soak lint bench docs
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 14
@@ -28,6 +31,10 @@ start: ## Install what is missing, then run five seconds of verified I/O on the 
 test: ## Run the simulator's and all other tests as an ordinary user, then the kernel tests on real Linux 6.12 and 7.3.
 	@$(SETUP) tests
 	@VM_OPTIONS='$(VM_OPTIONS)' tools/test.sh
+
+soak: ## Run the property suite's state machine from random seeds for SECONDS=600; PLANT=random plants a bug for it to find.
+	@$(SETUP) tests
+	@$(RUN) -m tests.property.soak --seconds $(SECONDS) $(if $(PLANT),--plant $(PLANT))
 
 lint: ## Check the code: ruff's rules and format, mypy --strict.
 	@$(SETUP)

@@ -74,8 +74,8 @@ class Step:
 
     @property
     def program(self) -> str | None:
-        """NAME.py in ``python NAME.py``."""
-        match = re.match(r"python (\w+\.py)\b", self.command)
+        """NAME.py in ``python NAME.py``, or in ``python -m pytest -OPTIONS NAME.py``."""
+        match = re.match(r"python (?:-m pytest (?:-\w+ (?:\w+[:=]\w+ )?)*)?(\w+\.py)\b", self.command)
         return match[1] if match else None
 
     def expects(self, printed: str, *, so_far: bool = False) -> bool:

@@ -218,7 +218,7 @@ def test_links(page: Path) -> None:
 def test_index() -> None:
     """docs/README.md leads to every page."""
     index = (ROOT / "docs" / "README.md").read_text()
-    assert set(re.findall(r"\]\((\w+\.md)\)", index)) == {p.name for p in PAGES if p.parent != ROOT} - {"README.md"}
+    assert set(re.findall(r"\]\(([\w-]+\.md)\)", index)) == {p.name for p in PAGES if p.parent != ROOT} - {"README.md"}
 
 
 def shell_lines() -> Iterator[str]:

@@ -21,8 +21,10 @@ from ublk_trio.kernel_sim.linux_errno import through_block_status
 BLOCK = 512
 #: The number of the write that a disk's first content is taken for.
 FIRST_WRITE = 1
-#: What a call may come to, by number of the choice: mostly it goes well.
-OUTCOMES = ("well",) * 6 + ("short", "short", "OSError", "bug")
+#: What a call may come to, by number of the choice: mostly it goes well. The others need their fault.
+WELL: tuple[str, ...] = ("well",) * 6
+SHORT = ("short", "short")
+RAISES = ("OSError", "bug")
 ERRNOS = (errno.ENOSPC, errno.EPERM, errno.EOPNOTSUPP)
 
 
@@ -67,12 +69,18 @@ class Disk:
     """What the plain and the async backend have in common."""
 
     def __init__(
-        self, *, blocks: int, choose: Choose, troubles: bool, suspensions_max: int, fails_to_open: bool
+        self, *, blocks: int, choose: Choose, faults: frozenset[str], suspensions_max: int, fails_to_open: bool
     ) -> None:
         self.size = blocks * BLOCK
         self.choose = choose
-        self.troubles = troubles
-        self.suspensions_max = suspensions_max
+        outcomes: tuple[str, ...] = WELL
+        if "backend-short" in faults:
+            outcomes += SHORT
+        if "backend-raises" in faults:
+            outcomes += RAISES
+        self.outcomes = outcomes
+        self.hangs = "backend-hangs" in faults
+        self.suspensions_max = suspensions_max if faults & {"backend-slow", "backend-hangs"} else 0
         self.fails_to_open = fails_to_open
         # No two blocks are alike, or reading from a wrong place would not show.
         self.data = bytearray(_first_content(blocks))
@@ -85,7 +93,7 @@ class Disk:
 
     def calm_down(self) -> None:
         """From now on everything goes well and at once; whoever waits goes on."""
-        self.troubles = False
+        self.outcomes = WELL
         self.suspensions_max = 0
         for call in self.waiting():
             self.release(call)
@@ -135,9 +143,9 @@ class Disk:
             self.misuse.append(f"called after it was closed: {call}")
         if offset < 0 or offset % BLOCK or length % BLOCK or offset + length > self.size:
             self.misuse.append(f"called out of bounds: {call}")
-        outcome = OUTCOMES[self.choose("outcome", len(OUTCOMES))] if self.troubles else "well"
+        outcome = self.outcomes[self.choose("outcome", len(self.outcomes))] if self.outcomes is not WELL else "well"
         if outcome == "short" and (name not in ("read", "write") or length <= BLOCK):
-            outcome = "OSError"
+            outcome = "OSError" if "OSError" in self.outcomes else "well"
         self.running.append(call)
         return call, outcome
 
@@ -163,7 +171,7 @@ class Disk:
         """Suspend as often as is drawn: for the test to release, or for a single pass."""
         times = self.choose("suspensions", self.suspensions_max + 1) if self.suspensions_max else 0
         for _ in range(times):
-            if self.choose(f"suspend {call.name} for", 3) == 2:
+            if not self.hangs or self.choose(f"suspend {call.name} for", 3) == 2:
                 await trio.lowlevel.checkpoint()
             elif self.suspensions_max:
                 call.gate = gate = trio.Event()

@@ -24,6 +24,7 @@ CALLS: dict[Name, tuple[str, ...]] = {
     "discard": ("discard",),
     "write_zeroes": ("write_zeroes", "write"),
 }
+_CALL_SETS = {name: frozenset(calls) for name, calls in CALLS.items()}
 _PARTITION_SCAN_BYTES = 4096
 
 
@@ -36,8 +37,9 @@ class BrokenError(AssertionError):
 
 
 def demand(condition: object, invariant: str, text: object) -> None:
+    """Raise `BrokenError` unless the condition holds; ``text`` may be a function that makes it."""
     if not condition:
-        raise BrokenError(invariant, text)
+        raise BrokenError(invariant, text() if callable(text) else text)
 
 
 @attrs.define(eq=False, kw_only=True)
@@ -61,9 +63,17 @@ class Operation:
     #: For a flush: the versions that must be durable when it succeeds.
     versions: list[int] = attrs.Factory(list)
 
+    #: Its blocks: the first, and the one behind the last.
+    first: int = attrs.field(init=False)
+    end: int = attrs.field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self.first = self.offset // BLOCK
+        self.end = (self.offset + self.length) // BLOCK
+
     @property
     def blocks(self) -> range:
-        return range(self.offset // BLOCK, (self.offset + self.length) // BLOCK)
+        return range(self.first, self.end)
 
     def __str__(self) -> str:
         return f"{self.name} of {self.length} bytes at {self.offset} ({self.bio})"
@@ -81,11 +91,11 @@ class ByteModel:
     def begin(self, operation: Operation) -> None:
         """An operation was submitted."""
         for other in self.in_flight:
-            if set(CALLS[other.name]) & set(CALLS[operation.name]) and self._overlap(other, operation):
+            if self._overlap(other, operation) and not _CALL_SETS[other.name].isdisjoint(CALLS[operation.name]):
                 other.ambiguous = operation.ambiguous = True
         if operation.name == "read":
             operation.ambiguous |= operation.offset < _PARTITION_SCAN_BYTES
-            operation.allowed = [set(self.allowed[block]) for block in operation.blocks]
+            operation.allowed = [allowed.copy() for allowed in self.allowed[operation.first : operation.end]]
         elif operation.name == "flush":
             operation.versions = list(self.disk.versions)
         else:
@@ -94,22 +104,20 @@ class ByteModel:
 
     @staticmethod
     def _overlap(a: Operation, b: Operation) -> bool:
-        return a.name == "flush" or (a.offset < b.offset + b.length and b.offset < a.offset + a.length)
+        return a.name == "flush" or (a.first < b.end and b.first < a.end)
 
     def _begin_write(self, operation: Operation) -> None:
-        for block, content in zip(operation.blocks, operation.contents, strict=True):
-            self.allowed[block].add(content)
+        for allowed, content in zip(self.allowed[operation.first : operation.end], operation.contents, strict=True):
+            allowed.add(content)
         for other in self.in_flight:
-            if other.name == "flush":
-                continue
-            for block in set(other.blocks) & set(operation.blocks):
-                if other.name == "read":
-                    other.allowed[block - other.offset // BLOCK].add(
-                        operation.contents[block - operation.offset // BLOCK]
-                    )
-                else:
-                    other.contended.add(block)
-                    operation.contended.add(block)
+            # A flush has no blocks.
+            shared = range(max(other.first, operation.first), min(other.end, operation.end))
+            if other.name == "read":
+                for block in shared:
+                    other.allowed[block - other.first].add(operation.contents[block - operation.first])
+            else:
+                other.contended.update(shared)
+                operation.contended.update(shared)
 
     def end(self, operation: Operation, *, may_fail: bool) -> None:
         """An operation ended: is that right?"""

@@ -116,7 +116,8 @@ class PumpedRun:
     @property
     def idle(self) -> bool:
         """Whether no task would run in the next pass."""
-        return self.ended or trio.lowlevel.current_statistics().tasks_runnable <= 1
+        # What trio.lowlevel.current_statistics() calls tasks_runnable; that counts much else, too, and this is asked all the time.
+        return self.ended or len(trio_run.GLOBAL_RUN_CONTEXT.runner.runq) <= 1
 
     def run_pass(self) -> None:
         """One pass of Trio's loop; and when the main task ended with it, those that Trio needs to tidy up."""

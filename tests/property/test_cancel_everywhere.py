@@ -17,7 +17,8 @@ import pytest
 import trio
 
 from tests.property.disks import BLOCK, AsyncDisk, Disk, PlainDisk
-from tests.property.machine import DEADLINES_MAX, PASSES_MAX, UserError
+from tests.property.engine_run import DEADLINES_MAX, PASSES_MAX
+from tests.property.invariants import UserError
 from tests.property.model import BrokenError, demand
 from tests.property.pumped import PumpedRun
 from tests.property.reports import PROFILE
@@ -63,7 +64,13 @@ class Scenario:
     def __attrs_post_init__(self) -> None:
         self.kernel = SimKernel(self.choices)
         self.disks = [
-            Disk(blocks=64, choose=self._choose, troubles=False, suspensions_max=most, fails_to_open=False)
+            Disk(
+                blocks=64,
+                choose=self._choose,
+                faults=frozenset({"backend-hangs"}),
+                suspensions_max=most,
+                fails_to_open=False,
+            )
             for most in (0, 2)
         ]
 

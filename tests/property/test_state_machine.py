@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 
-from hypothesis import settings
-from hypothesis.stateful import run_state_machine_as_test
+import pytest
 
 from tests.property.machine import EngineMachine
 from tests.property.reports import PROFILE, SETTINGS
+from tests.property.running import run_machine
 
 
-def test_engine_and_kernel_agree_whatever_happens() -> None:
+def test_engine_and_kernel_agree_whatever_happens(pytestconfig: pytest.Config) -> None:
     """Every request ends exactly once with the right bytes, in any interleaving, and nothing is left of a target."""
-    EngineMachine.begin_count()
     began = time.process_time()
-    run_state_machine_as_test(EngineMachine, settings=settings(SETTINGS))
+    run_machine(
+        SETTINGS,
+        replay=pytestconfig.getoption("--replay", default=None),
+        plant=pytestconfig.getoption("--plant", default=None),
+    )
     seconds = time.process_time() - began
     print(
         f"profile {PROFILE}: {EngineMachine.runs} runs, {EngineMachine.steps} steps, "

@@ -1,7 +1,8 @@
 """Failures of control commands that no server causes: no memory, a bad address, a signal.
 
 **Supported.** Each point of `CONTROL_FAULTS`, once it is named in `SimKernel.control_faults`; then a choice of the same
-name decides each time. By default none is, and nothing is asked. **Rejected.** Names that there are not.
+name decides each time. By default none is, and nothing is asked. The faults no-memory and interrupted of `faults` strike
+here, too. **Rejected.** Names that there are not.
 **Differs from Linux.** A command fails at one of these points, or not at all: Linux has more allocations than these.
 """
 
@@ -40,8 +41,22 @@ CONTROL_FAULTS: Mapping[str, int] = MappingProxyType(
     }
 )
 
+#: The faults of `faults.FAULTS` that strike at these points as well, where they are enabled.
+_STRUCK_BY: Mapping[str, str] = MappingProxyType(
+    {
+        "ADD_DEV lock": "interrupted",
+        "ADD_DEV allocate": "no-memory",
+        "START_DEV wait": "interrupted",
+        "START_DEV allocate": "no-memory",
+    }
+)
+#: Then a command fails one time in so many, where that is drawn evenly.
+_FAULT_OPTIONS = 4
+
 
 def fails(kernel: SimKernel, point: str) -> bool:
     """Whether the command fails here."""
     assert point in CONTROL_FAULTS, point
+    if point in _STRUCK_BY and kernel.strikes(_STRUCK_BY[point], _FAULT_OPTIONS):
+        return True
     return point in kernel.control_faults and bool(kernel.choices.choose(point, 2))

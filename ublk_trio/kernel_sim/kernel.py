@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ import trio
 
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim import char_device
+from ublk_trio.kernel_sim import faults as fault_table
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
 from ublk_trio.kernel_sim.call import Caller, Identity
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
@@ -46,7 +47,8 @@ class SimKernel:
     ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
     ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
     the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
-    the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
+    the run as tuples. ``devices_max`` is the driver's ``ublks_max``. ``faults`` are names of `faults.FAULTS`; None is
+    what a healthy kernel may do.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SimKernel:
         privileged: bool = True,
         legacy_opcodes: bool = True,
         devices_max: int = 64,
+        faults: Collection[str] | None = None,
     ) -> None:
         assert cpus > 0
         self.choices = choices if choices is not None else FirstChoice()
@@ -80,6 +83,10 @@ class SimKernel:
         self.control_faults: frozenset[str] = frozenset()
         self.legacy_opcodes = legacy_opcodes
         self.devices_max = devices_max
+        #: What may go wrong now. May change at any time: emptied, nothing more goes wrong.
+        self.faults = fault_table.enabled(faults)
+        #: How often the whole server was killed.
+        self.kills = 0
         #: The process that opens char devices; START_DEV must name it.
         self.server_pid = os.getpid()
         self.log: list[tuple[Any, ...]] | None = [] if log else None
@@ -202,12 +209,25 @@ class SimKernel:
         if device.char is not None:
             device.char.crash()
 
+    def kill_server(self) -> None:
+        """The server's process is killed, whatever it was doing: every ring, control ring and char device closes."""
+        self.kills += 1
+        for device in list(self.devices.values()):
+            if device.char_in_use:
+                self.crash_server(device.dev_id)
+        for ring in list(self.control_rings):
+            ring.close()
+
     # ------------------------------------------------------------------ for the other modules
 
     @property
     def identity(self) -> Identity:
         """Who calls, where nothing else says so."""
         return Identity(pid=self.server_pid, uid=self.uid, gid=self.gid, privileged=self.privileged)
+
+    def strikes(self, fault: str, options: int = 2) -> bool:
+        """Whether a fault happens here: if it is enabled, one of so many options (the last) says so."""
+        return fault in self.faults and self.choices.choose(fault, options) == options - 1
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""

@@ -1,0 +1,62 @@
+"""Runs the state machine: from a seed, from a failure's blob, with a bug planted; and says how a failure is repeated.
+
+Hypothesis keeps a failing run as a blob, `@reproduce_failure(VERSION, BLOB)`. ``pytest tests/property/test_state_machine.py --replay BLOB`` runs
+just that, on any machine with the same version of Hypothesis and of this checkout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+
+import hypothesis
+from hypothesis import settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.property.machine import EngineMachine
+from tests.property.planted import PLANTED, Plant, name_of
+
+_BLOB = re.compile(r"@reproduce_failure\('[^']+', b'([^']+)'\)")
+_TEST = "tests/property/test_state_machine.py"
+
+
+def planted(name: str) -> Plant:
+    """The bug of this name. Raises ValueError, with the names that there are."""
+    by_name = {name_of(plant): plant for plant in PLANTED}
+    if name not in by_name:
+        raise ValueError(f"there is no planted bug {name!r}: known are {', '.join(by_name)}")
+    return by_name[name]
+
+
+def run_machine(
+    profile: settings, *, seed: int | None = None, replay: str | None = None, plant: str | None = None
+) -> None:
+    """Run it. What it finds has the line that repeats it as its last note."""
+
+    class Machine(EngineMachine):
+        """A class of its own, for the seed or the blob."""
+
+    machine: type[EngineMachine] = Machine
+    if seed is not None:
+        machine = hypothesis.seed(seed)(machine)
+    if replay is not None:
+        machine = hypothesis.reproduce_failure(hypothesis.__version__, replay.encode())(machine)
+    EngineMachine.begin_count()
+    try:
+        with planted(plant)() if plant is not None else contextlib.nullcontext():
+            run_state_machine_as_test(machine, settings=settings(profile, print_blob=True, report_multiple_bugs=False))
+    except Exception as error:
+        line = repeating_line(error, plant=plant)
+        if line is not None:
+            error.add_note(f"To repeat it: {line}")
+        raise
+
+
+def repeating_line(error: BaseException, *, plant: str | None = None) -> str | None:
+    """The command that repeats a failure, if Hypothesis says how."""
+    for note in getattr(error, "__notes__", ()):
+        match = _BLOB.search(note)
+        if match is not None:
+            options = f" --plant {plant}" if plant is not None else ""
+            return f"python -m pytest {_TEST}{options} --replay '{match[1]}'"
+    return None
