@@ -16,7 +16,6 @@ import errno
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 import trio
 
@@ -26,6 +25,7 @@ from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
 from ublk_trio.kernel_sim.control import Held, Steps
 from ublk_trio.kernel_sim.device import SimDevice, SimMutex
+from ublk_trio.kernel_sim.event_log import EventLog
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
 from ublk_trio.uapi import DevInfo, Feature
@@ -39,7 +39,7 @@ class SimKernel:
     ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
     ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
     the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
-    the run as tuples. ``devices_max`` is the driver's ``ublks_max``.
+    the run and every decision of ``choices`` (see `EventLog`). ``devices_max`` is the driver's ``ublks_max``.
     """
 
     def __init__(
@@ -69,7 +69,9 @@ class SimKernel:
         self.devices_max = devices_max
         #: The process that opens char devices; START_DEV must name it.
         self.server_pid = os.getpid()
-        self.log: list[tuple[Any, ...]] | None = [] if log else None
+        self.log = EventLog() if log else None
+        if self.log is not None:
+            self.choices.log = self.log
         self.violations: list[Violation] = []
         #: What is no breach, but worth knowing when a run hangs.
         self.notes: list[str] = []
@@ -169,6 +171,8 @@ class SimKernel:
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""
+        if self.log is not None:
+            self.log.append(("violation", kind, dev_id, queue_id, tag))
         self.violations.append(Violation(kind=kind, dev_id=dev_id, queue_id=queue_id, tag=tag, text=text))
 
     def new_bio(self, op: int, offset: int, length: int, data: memoryview) -> Bio:
@@ -197,6 +201,8 @@ class SimKernel:
             and self.devices.get(device.dev_id) is device
         ):
             del self.devices[device.dev_id]
+            if self.log is not None:
+                self.log.append(("deleted", device.dev_id))
             self.changed()
 
     def run(

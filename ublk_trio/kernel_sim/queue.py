@@ -48,6 +48,7 @@ class SimQueue:
         self.waiting: deque[Request] = deque()
         self._free = list(range(depth - 1, -1, -1))
         self._choices = device.kernel.choices
+        self._log = device.kernel.log
 
     @property
     def ready(self) -> bool:
@@ -75,6 +76,8 @@ class SimQueue:
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
+        if self._log is not None:
+            self._log.append(("request", self.device.dev_id, self.queue_id, tag.tag, request.bio.number))
         tag.ring.post(tag.tag)
 
     def _release(self, tag: SimTag) -> None:
