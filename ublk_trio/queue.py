@@ -206,7 +206,11 @@ class Queue:
     # Buffers ---------------------------------------------------------------------------------------------------------
 
     def _assign(self, request: Request, slot: int) -> None:
-        request.buffer = self.ring.buffers[slot]
+        try:
+            request.buffer = self.ring.buffers[slot]
+        except IndexError:
+            # Closed between the reap and now, while the task that serves let others run: there are no buffers any more.
+            raise trio.ClosedResourceError("the queue ring is closed") from None
         request.data = self._read_only_views[slot]
         self.ring.slots[request.tag] = slot
 

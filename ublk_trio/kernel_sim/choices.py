@@ -127,7 +127,8 @@ class DrawnChoices(Choices):
 class RecordedChoices(Choices):
     """Replays a trace. Raises `ReplayDivergedError` when the run asks something else, or more, than was recorded.
 
-    ``then`` answers what comes after the trace's end; without it the end is a divergence.
+    ``then`` answers what comes after the trace's end; without it the end is a divergence. ``diverged`` is the first that
+    there was: whoever asked may have taken the error for something else.
     """
 
     def __init__(self, trace: Iterable[Choice], *, then: Choices | None = None) -> None:
@@ -135,6 +136,7 @@ class RecordedChoices(Choices):
         self._recorded: Final = list(trace)
         self._position = 0
         self._then = then
+        self.diverged: ReplayDivergedError | None = None
 
     @classmethod
     def load(cls, path: Path) -> RecordedChoices:
@@ -150,17 +152,23 @@ class RecordedChoices(Choices):
         if not self.remaining:
             if self._then is not None:
                 return self._then.pick(what, options)
-            raise ReplayDivergedError(
+            raise self._diverge(
                 f"the recording ends after {len(self._recorded)} decisions, but the run asks for {what} of {options}"
             )
         recorded = self._recorded[self._position]
         if (recorded.what, recorded.options) != (what, options):
-            raise ReplayDivergedError(
+            raise self._diverge(
                 f"decision {self._position}: recorded {recorded.what} of {recorded.options}, "
                 f"but the run asks for {what} of {options}"
             )
         self._position += 1
         return recorded.chosen
+
+    def _diverge(self, text: str) -> ReplayDivergedError:
+        error = ReplayDivergedError(text)
+        if self.diverged is None:
+            self.diverged = error
+        return error
 
 
 def hypothesis_choices(draw: Callable[[str, int], int]) -> DrawnChoices:
