@@ -16,10 +16,11 @@ from typing import Final
 
 import attrs
 
+from ublk_trio.errors import errno_name
 from ublk_trio.kernel_sim import EventLog
 from ublk_trio.kernel_sim.event_log import as_record
 from ublk_trio.simulation.run import Report
-from ublk_trio.uapi import ANY_DEVICE_ID, IO_RES_ABORT, IO_RES_NEED_GET_DATA, DeviceState, IoCommand
+from ublk_trio.uapi import ANY_DEVICE_ID, IO_RES_ABORT, IO_RES_NEED_GET_DATA, MAX_NR_QUEUES, DeviceState, IoCommand
 
 #: What a lane's span can mean, with words for the legend. The page has a colour for each.
 STATES: Final[Mapping[str, str]] = MappingProxyType(
@@ -89,17 +90,18 @@ class _Lanes:
         return self._lane((-1, row), label, None, kind)
 
     def device(self, device: int) -> Lane:
-        if device == ANY_DEVICE_ID:
-            return self._lane((-1, 4), "driver", None, "device")
         return self._lane((device, -2), f"device {device}", device, "device")
 
     def commands(self, device: int) -> Lane:
         if device == ANY_DEVICE_ID:
-            return self._lane((-1, 5), "  commands", None, "commands")
+            return self._lane((-1, 4), "driver", None, "commands")
         return self._lane((device, -1), "  commands", device, "commands")
 
     def tag(self, device: int, queue: int, tag: int) -> Lane:
         return self._lane((device, queue, tag), f"  queue {queue} tag {tag}", device, "tag")
+
+    def other_tags(self, device: int) -> Lane:
+        return self._lane((device, MAX_NR_QUEUES), "  other tags", device, "tag")
 
     def tags_of(self, device: int, queue: int) -> list[Lane]:
         return [lane for key, lane in self._lanes.items() if len(key) == 3 and key[:2] == (device, queue)]
@@ -116,7 +118,7 @@ class _Lanes:
 def lanes_of(log: EventLog) -> tuple[list[Lane], list[Lane], list[str]]:
     """The lanes in the order of the page; each event's lane; each event's mark.
 
-    A tag that never got a request has no lane.
+    The tags of a device that never got a request share a lane.
     """
     lanes = _Lanes()
     used = {event[1:4] for event in log if event[0] == "request"}
@@ -140,7 +142,7 @@ def lanes_of(log: EventLog) -> tuple[list[Lane], list[Lane], list[str]]:
                 owner = lanes.tag(*event[1:4])
                 mark = _tag_event(owner, number, event)
             else:
-                owner = lanes.device(event[1])
+                owner = lanes.other_tags(event[1])
         else:
             owner = lanes.run(3)
             mark = "refused" if kind == "bio-done" and event[2] < 0 else "point"
@@ -169,7 +171,7 @@ def _device_event(lanes: _Lanes, number: int, event: tuple[object, ...]) -> tupl
             if span[1] == -1 and span[3] == name:
                 span[1] = number
                 break
-        if name == "ADD_DEV" and result >= 0:
+        if name == "ADD_DEV" and result >= 0 and device != ANY_DEVICE_ID:
             lanes.device(device).begin(number, DeviceState.DEAD.name)
         return lane, "refused" if result < 0 else "completion"
     device = fields[0]
@@ -235,7 +237,15 @@ def _words(event: tuple[object, ...]) -> tuple[str, str]:
     """An event's kind and its fields, in words."""
     record = as_record(event)
     kind = str(record.pop("event"))
-    return kind, " ".join(f"{name} {value}" for name, value in record.items())
+    if kind == "choice":
+        return kind, f"{record['what']}: {record['chosen']} of {record['options']}"
+    if record.get("device") == ANY_DEVICE_ID:
+        record["device"] = "any"
+    result = record.get("result")
+    if isinstance(result, int) and result < 0:
+        record["result"] = errno_name(result)
+    unnamed = (kind, "name", "text")
+    return kind, " ".join(str(value) if name in unnamed else f"{name} {value}" for name, value in record.items())
 
 
 def write_timeline(path: Path, report: Report) -> None:
