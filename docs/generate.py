@@ -8,6 +8,7 @@ import pkgutil
 from pathlib import Path
 
 from ublk_trio import kernel_sim
+from ublk_trio.kernel_sim.faults import FAULTS, LAYER_MEANING, Layer
 from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED
 from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
 from ublk_trio.uapi import FEATURE_RELEASE, ControlCommand, Feature
@@ -117,8 +118,52 @@ def simulator_page() -> str:
     )
 
 
+def _faults_of(layer: Layer) -> list[str]:
+    return [
+        f"## {layer.value}",
+        "",
+        f"Injected by {_INJECTED_BY[layer]}: {LAYER_MEANING[layer]}.",
+        "",
+        "| fault | what happens | permitted, because | asks for |",
+        "|---|---|---|---|",
+        *(
+            f"| `{fault.name}`{' (ordinary)' if fault.ordinary else ''} | {fault.happens} | {fault.permitted} | "
+            f"{', '.join(f'`{choice}`' for choice in fault.choices)} |"
+            for fault in FAULTS
+            if fault.layer is layer
+        ),
+        "",
+    ]
+
+
+_INJECTED_BY = {
+    Layer.RING: "the simulator",
+    Layer.COMMANDS: "the simulator",
+    Layer.PROCESS: "the simulator",
+    Layer.BACKEND: "the disks of `tests/property/`",
+    Layer.STORAGE: "`ublk_trio.testing.Storage`",
+}
+
+
+def faults_page() -> str:
+    """The page about what can go wrong."""
+    return "\n".join(
+        [
+            "# Faults",
+            "",
+            "Drawn from the table in `ublk_trio/kernel_sim/faults.py` by `make docs`.",
+            "",
+            "Each fault is an option of the choices named in the last column, and is only offered while it is enabled:",
+            '`SimKernel(choices, faults={"no-memory", "server-killed"})`. Without `faults` the ordinary ones are enabled, which are what',
+            "a healthy machine does. `SimKernel.faults` is the set of what is enabled now; emptied, nothing more goes wrong.",
+            "",
+            *(line for layer in Layer for line in _faults_of(layer)),
+        ]
+    )
+
+
 #: Every generated page, by file name.
-PAGES = {"tag.md": tag_page, "simulator.md": simulator_page}
+PAGES = {"tag.md": tag_page, "simulator.md": simulator_page, "faults.md": faults_page}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ublk_trio.kernel_sim.event_log import EVENTS, MARK_DIGITS, as_record
 from ublk_trio.uapi import IoFlag, IoOp
 
 #: The digest of `calm_log`, which is drawn from nothing but the simulator: another Python must give the same.
-CALM_DIGEST = "9c921d1f948124c003b13faa532b8f2c6e37c049ac5fe82d4a83b3e08b89290a"
+CALM_DIGEST = "4dfe70b1ada4450d2470d54a637bab5aaf9f1ebff51beb408c4846f64300a956"
 
 
 def calm_log() -> EventLog:
@@ -48,10 +48,10 @@ def test_lines() -> None:
     assert next(record for record in records if record["event"] == "command") == fetch
     assert [record["state"] for record in records if record["event"] == "state"] == ["LIVE", "DEAD"]
     controls = [record for record in records if record["event"].startswith("control")]
-    assert controls[0] == {"event": "control", "command": "ADD_DEV", "device": 0xFFFFFFFF}
-    assert controls[1] == {"event": "control-done", "command": "ADD_DEV", "device": 0xFFFFFFFF, "result": 0}
+    assert controls[0] == {"event": "control-sent", "command": "ADD_DEV", "device": 0xFFFFFFFF}
+    assert controls[1] == {"event": "control", "command": "ADD_DEV", "device": 0xFFFFFFFF, "result": 0}
     assert {record["event"] for record in records} == {
-        "control", "control-done", "ring-opened", "command", "state", "bio", "request", "event", "bio-done",
+        "control-sent", "control", "ring-opened", "command", "state", "bio", "request", "event", "bio-done",
         "ring-closed", "deleted", "choice",
     }  # fmt: skip
 

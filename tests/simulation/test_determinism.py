@@ -16,7 +16,7 @@ SEED = 54
 #: What that seed gives. Trio's scheduling is a part of the run; it has been the same since 0.27, the oldest allowed. It changes with the engine, the
 #: simulator or the scenario: `test_pinned_digest` prints the new one.
 TRIO = "0.35.0"
-DIGEST = "b1c3cf3da15d835474af62bc407f0aca86295accedd49dfdc32625e08f2428d2"
+DIGEST = "73f9d14c0ecddeddc49a516a5565620e20b4f92cffc47c724522e30c87617718"
 _ARGUMENTS = ["-m", "ublk_trio", "sim", "--seed", str(SEED), "--json"]
 
 

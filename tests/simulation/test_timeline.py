@@ -171,17 +171,17 @@ def test_a_devices_life() -> None:
     """A device's states, and each control command from its sending to its end, two of the same name in order."""
     log = EventLog(
         [
-            ("control", "ADD_DEV", 3),
-            ("control-done", "ADD_DEV", 3, 0),
+            ("control-sent", "ADD_DEV", 3),
+            ("control", "ADD_DEV", 3, 0),
             ("state", 3, "LIVE"),
-            ("control", "DEL_DEV", 3),
-            ("control", "DEL_DEV", 3),
+            ("control-sent", "DEL_DEV", 3),
+            ("control-sent", "DEL_DEV", 3),
             ("state", 3, "DEAD"),
-            ("control-done", "DEL_DEV", 3, 0),
+            ("control", "DEL_DEV", 3, 0),
             ("deleted", 3),
-            ("control-done", "DEL_DEV", 3, -19),
+            ("control", "DEL_DEV", 3, -19),
             ("crash", 3),
-            ("control", "GET_FEATURES", 0xFFFFFFFF),
+            ("control-sent", "GET_FEATURES", 0xFFFFFFFF),
         ]
     )
     lanes, owners, marks = lanes_of(log)

@@ -4,8 +4,8 @@
 GET_DEV_INFO2, GET_FEATURES, GET_QUEUE_AFFINITY, UPDATE_SIZE; each from the release that has it.
 **Rejected.** EOPNOTSUPP: recovery, QUIESCE_DEV, REG_BUF, UNREG_BUF (not modelled yet) and numbers that nobody knows.
 **Differs from Linux.** The caller is root, unless the kernel was made with ``privileged=False``; then ADD_DEV is
-refused, because unprivileged devices are not modelled. EFAULT, ENOMEM and failures of add_disk do not occur. Kernels to
-6.13 gave ENOTSUPP (524) where EOPNOTSUPP is meant; here it is always the latter.
+refused, because unprivileged devices are not modelled. EFAULT does not occur; ENOMEM and EINTR only as faults of
+`faults`. Kernels to 6.13 gave ENOTSUPP (524) where EOPNOTSUPP is meant; here it is always the latter.
 
 A command is a generator. It yields a `Wait` where the kernel would sleep, and is resumed once that is over; what it
 returns is the command's result. So a command goes on in the kernel whether or not somebody still waits for it.
@@ -53,6 +53,8 @@ _CHAR_MAJOR: Final = 240
 _BLOCK_MAJOR: Final = 259
 _PATH_MAX: Final = 4096
 _INFO_BYTES: Final = DevInfo.LAYOUT.size
+#: A command fails by a fault one time in so many, where that is drawn evenly.
+_FAULT_OPTIONS: Final = 4
 _ALL_RECOVERY: Final = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE | Feature.USER_RECOVERY_FAIL_IO
 _RECOVERY_CHOICES: Final = (
     Feature(0),
@@ -194,6 +196,8 @@ def _add(kernel: SimKernel, call: Call) -> Steps:
     refused = _check_add(kernel, call, asked)
     if refused:
         return refused
+    if kernel.strikes("interrupted", _FAULT_OPTIONS):
+        return -errno.EINTR
     yield from kernel.devices_mutex.lock()
     try:
         if kernel.version.limits_privileged_devices and len(kernel.devices) >= kernel.devices_max:
@@ -201,6 +205,8 @@ def _add(kernel: SimKernel, call: Call) -> Steps:
         dev_id = asked.dev_id if asked.dev_id != ANY_DEVICE_ID else kernel.free_id()
         if dev_id in kernel.devices:
             return -errno.EEXIST
+        if kernel.strikes("no-memory", _FAULT_OPTIONS):
+            return -errno.ENOMEM
         info = attrs.evolve(
             asked,
             dev_id=dev_id,
@@ -331,6 +337,8 @@ def _start(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
     )
     if not device.all_fetched and not device.stopping and ((yield fetched) or device.cancels != cancels):
         return -errno.EINTR
+    if kernel.strikes("interrupted", _FAULT_OPTIONS):
+        return -errno.EINTR
     if kernel.version.checks_opener_pid and pid != device.opener_pid:
         return -errno.EINVAL
     yield from device.mutex.lock()
@@ -339,6 +347,8 @@ def _start(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
             return -errno.EEXIST
         if device.stopping:
             return -errno.EBUSY
+        if kernel.strikes("no-memory", _FAULT_OPTIONS):
+            return -errno.ENOMEM
         disk = device.start(pid)
         if not kernel.partition_scan or device.info.flags & Feature.NO_AUTO_PART_SCAN:
             return 0

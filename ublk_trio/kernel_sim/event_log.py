@@ -24,6 +24,8 @@ from ublk_trio.uapi import IoCommand, IoFlag, IoOp
 #: A kind of `EVENTS`, then its fields.
 Event: TypeAlias = tuple[Any, ...]
 
+#: In a fault's event: it is nobody's device.
+NO_DEVICE: Final = -1
 #: The hexadecimal digits of the running digest that `EventLog.marks` keeps of every event.
 MARK_DIGITS: Final = 4
 
@@ -68,9 +70,9 @@ EVENTS: Final[Mapping[str, _Fields]] = MappingProxyType(
         "phase": (("name", _text),),
         "step": (("number", _number), ("text", _text)),
         "time": (("seconds", _seconds),),
-        # Control commands; a device of -1 is one that the kernel is to number.
-        "control": (("command", _text), *_DEVICE),
-        "control-done": (("command", _text), *_DEVICE, ("result", _number)),
+        # Control commands: when they are sent, and their results.
+        "control-sent": (("command", _text), *_DEVICE),
+        "control": (("command", _text), *_DEVICE, ("result", _number)),
         # Devices and rings.
         "state": (*_DEVICE, ("state", _text)),
         "deleted": _DEVICE,
@@ -90,6 +92,8 @@ EVENTS: Final[Mapping[str, _Fields]] = MappingProxyType(
             ("sectors", _number),
             ("start_sector", _number),
         ),
+        "sqe": (("opcode", _text), ("user_data", _number), ("command", _number)),
+        "batch": (*_QUEUE, ("command", _number), ("elements", _number)),
         "violation": (("kind", _text), *_TAG),
     }
 )

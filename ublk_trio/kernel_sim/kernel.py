@@ -14,18 +14,19 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager
 
 import trio
 
 from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.kernel_sim import faults as fault_table
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice
 from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
 from ublk_trio.kernel_sim.control import Held, Steps
 from ublk_trio.kernel_sim.device import SimDevice, SimMutex
-from ublk_trio.kernel_sim.event_log import EventLog
+from ublk_trio.kernel_sim.event_log import NO_DEVICE, EventLog
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
 from ublk_trio.uapi import DevInfo, Feature
@@ -39,7 +40,8 @@ class SimKernel:
     ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
     ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
     the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
-    the run and every decision of ``choices`` (see `EventLog`). ``devices_max`` is the driver's ``ublks_max``.
+    the run and every decision of ``choices`` (see `EventLog`). ``devices_max`` is the driver's ``ublks_max``. ``faults``
+    are names of `faults.FAULTS`; None is what a healthy kernel may do.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class SimKernel:
         privileged: bool = True,
         legacy_opcodes: bool = True,
         devices_max: int = 64,
+        faults: Collection[str] | None = None,
     ) -> None:
         assert cpus > 0
         self.choices = choices if choices is not None else FirstChoice()
@@ -67,6 +70,10 @@ class SimKernel:
         self.privileged = privileged
         self.legacy_opcodes = legacy_opcodes
         self.devices_max = devices_max
+        #: What may go wrong now. May change at any time: emptied, nothing more goes wrong.
+        self.faults = fault_table.enabled(faults)
+        #: How often the whole server was killed.
+        self.kills = 0
         #: The process that opens char devices; START_DEV must name it.
         self.server_pid = os.getpid()
         self.log = EventLog() if log else None
@@ -167,7 +174,23 @@ class SimKernel:
         if device.char is not None:
             device.char.close()
 
+    def kill_server(self) -> None:
+        """The server's process is killed, whatever it was doing: every ring, control ring and char device closes."""
+        self.kills += 1
+        for device in list(self.devices.values()):
+            if device.char_in_use:
+                self.crash_server(device.dev_id)
+        for ring in list(self.control_rings):
+            ring.close()
+
     # ------------------------------------------------------------------ for the other modules
+
+    def strikes(self, fault: str, options: int = 2) -> bool:
+        """Whether a fault happens here: if it is enabled, one of so many options (the last) says so."""
+        strikes = fault in self.faults and self.choices.choose(fault, options) == options - 1
+        if strikes and self.log is not None:
+            self.log.append(("fault", fault, NO_DEVICE, ""))
+        return strikes
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 
 _NOTHING: Final = memoryview(b"")
 _EVENT_BYTES: Final = EVENT.size
+#: One call in so many is the server's last, where calls are drawn evenly.
+KILL_OPTIONS: Final = 64
+#: Passes of the scheduler by which a command's result may be late.
+HELD_PASSES_MAX: Final = 3
 
 
 class SimControlRing:
@@ -55,9 +59,13 @@ class SimControlRing:
             raise trio.ClosedResourceError("the control ring is closed")
         kernel = self._kernel
         # Whether a cancelled caller's command was carried out is a matter of moments, and so a choice.
-        done_although_cancelled = kernel.choices.choose("command-before-cancel", 2)
+        done_although_cancelled = "late-cancel" in kernel.faults and kernel.choices.choose("command-before-cancel", 2)
         if not done_although_cancelled:
             await trio.lowlevel.checkpoint()
+        if kernel.strikes("server-killed", KILL_OPTIONS):
+            kernel.kill_server()
+        if self._closed:
+            raise trio.ClosedResourceError("the control ring is closed")
         call = Call(
             command=int(command),
             dev_id=dev_id,
@@ -70,13 +78,13 @@ class SimControlRing:
         )
         name = getattr(command, "name", f"command {int(command):#x}")
         if kernel.log is not None:
-            kernel.log.append(("control", name, dev_id))
+            kernel.log.append(("control-sent", name, dev_id))
         results: list[int] = []
         answered = trio.Event()
 
         def on_done(result: int) -> None:
             if kernel.log is not None:
-                kernel.log.append(("control-done", name, dev_id, result))
+                kernel.log.append(("control", name, dev_id, result))
             results.append(result)
             answered.set()
 
@@ -88,6 +96,9 @@ class SimControlRing:
                 if command in RECALLED_WHEN_CANCELLED:
                     kernel.interrupt(self, on_done=on_done)
                 raise
+        if "held-longer" in kernel.faults:
+            for _ in range(kernel.choices.choose("held-longer", HELD_PASSES_MAX + 1)):
+                await trio.lowlevel.checkpoint()
         return results[0]
 
     def close(self) -> None:
@@ -201,6 +212,8 @@ class SimQueueRing:
     def reap(self) -> memoryview:
         if self._closed:
             raise self._closed_error()
+        if "server-killed" in self._kernel.faults:
+            self._perhaps_killed()
         self._reaps += 1
         ready = self._ready
         if not ready:
@@ -252,15 +265,19 @@ class SimQueueRing:
     def _choose_ready(self, ready: list[int]) -> list[int]:
         """Which of what is ready a reap finds, in which order; option 0 is all, in order."""
         choose = self._kernel.choices.choose
+        faults = self._kernel.faults
         least = 1 if self._came_back_empty else 0
-        count = len(ready) - choose("reap-left-behind", len(ready) - least + 1)
-        chosen = [ready.pop(choose("reap-next", len(ready))) for _ in range(count)]
+        late = choose("reap-left-behind", len(ready) - least + 1) if "completions-late" in faults else 0
+        reordered = "completions-reordered" in faults
+        chosen = [ready.pop(choose("reap-next", len(ready)) if reordered else 0) for _ in range(len(ready) - late)]
         self._came_back_empty = not chosen
         return chosen
 
     def commit(self, answers: list[int]) -> None:
         if self._closed:
             raise self._closed_error()
+        if "server-killed" in self._kernel.faults:
+            self._perhaps_killed()
         self._commits += 1
         self._answers += len(answers)
         slots = self._slots
@@ -292,11 +309,16 @@ class SimQueueRing:
             raise self._closed_error()
 
     def _wakes_for_nothing(self) -> bool:
-        choices = self._kernel.choices
-        if choices.calm:
+        kernel = self._kernel
+        if kernel.choices.calm:
             return False
-        self._woke_for_nothing = not self._woke_for_nothing and bool(choices.choose("spurious-wake-up", 2))
+        self._woke_for_nothing = not self._woke_for_nothing and kernel.strikes("spurious-wake-up")
         return self._woke_for_nothing
+
+    def _perhaps_killed(self) -> None:
+        if self._kernel.strikes("server-killed", KILL_OPTIONS):
+            self._kernel.kill_server()
+            raise self._closed_error()
 
     def statistics(self) -> RingStatistics:
         return RingStatistics(

@@ -5,14 +5,13 @@ in it, what the run consists of as well as what the kernel, Trio and the backend
 is virtual. So a run is its options and its list of choices, and replays exactly.
 """
 
-from ublk_trio.simulation.faults import FAULTS, Fault, parse_faults
+from ublk_trio.simulation.faults import FAULTS, parse_faults
 from ublk_trio.simulation.recording import Recording, RecordingError, compare, load_recording, save_recording
 from ublk_trio.simulation.run import Report, RunOptions, simulate
 from ublk_trio.simulation.timeline import write_timeline
 
 __all__ = [
     "FAULTS",
-    "Fault",
     "Recording",
     "RecordingError",
     "Report",

@@ -18,7 +18,8 @@ from ublk_trio.kernel_sim.linux_errno import through_block_status
 
 #: One call in so many goes wrong, when one kind of trouble is enabled.
 _CALM_OPTIONS = 12
-_ERRNOS = (errno.EIO, errno.ENOSPC, errno.EPERM, errno.ETIMEDOUT)
+#: What a call may raise: an OSError, or, for the last, what no backend should.
+_ERRNOS = (errno.EIO, errno.ENOSPC, errno.EPERM, errno.ETIMEDOUT, None)
 _SLOW_SECONDS = 0.05
 _SLOW_STEPS = 4
 
@@ -58,7 +59,7 @@ class Medium:
         self.failures: list[Failure] = []
         self.opened = self.closed = 0
         self._choices = choices
-        self._troubles = tuple(name for name in ("backend-error", "backend-bug", "backend-short") if name in faults)
+        self._troubles = tuple(name for name in ("backend-raises", "backend-short") if name in faults)
         self._slow = "backend-slow" in faults
         self._injected = injected
 
@@ -77,13 +78,14 @@ class Medium:
 
     def raise_trouble(self, fault: str | None, name: str, offset: int, length: int) -> None:
         """Raise what the fault is made of, if it is one that raises."""
-        if fault == "backend-error":
-            number = _ERRNOS[self._choices.choose("backend errno", len(_ERRNOS))]
-            self._fail(name, offset, length, number)
-            raise OSError(number, "injected")
-        if fault == "backend-bug":
+        if fault != "backend-raises":
+            return
+        number = _ERRNOS[self._choices.choose("backend errno", len(_ERRNOS))]
+        if number is None:
             self._fail(name, offset, length, errno.EIO)
             raise BackendBugError("injected")
+        self._fail(name, offset, length, number)
+        raise OSError(number, "injected")
 
     def done_bytes(self, fault: str | None, name: str, offset: int, length: int) -> int:
         """How much of a read or write is done: all of it, unless the fault is to fall short."""

@@ -1,8 +1,7 @@
 """What can go wrong in a run, by name.
 
-Each fault is offered only where the contracts permit it: a kernel may do it to a server, a backend to the engine, an
-operator to a device. A right engine stands all of them. Those with ``choices`` are decisions of the simulated kernel,
-which it takes calmly when the fault is off; the others are injected by the run.
+Most are of the simulator's own table, `kernel_sim.faults`. Each is offered only where the contracts permit it: a kernel
+may do it to a server, a backend to the engine, an operator to a device. A right engine stands all of them.
 """
 
 from __future__ import annotations
@@ -10,56 +9,35 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-import attrs
-
 from ublk_trio.errors import UsageError
+from ublk_trio.kernel_sim.faults import BY_NAME, Layer, of_layers
 
-
-@attrs.frozen(kw_only=True)
-class Fault:
-    """One way for a run to be troubled. ``choices`` are the names of the kernel's questions that it consists of."""
-
-    name: str
-    layer: str
-    text: str
-    choices: frozenset[str] = frozenset()
-
-
-#: Every fault, by name.
-FAULTS: Mapping[str, Fault] = MappingProxyType(
+#: Those that a run injects besides the ones that `kernel_sim.faults` describes, by name: what each is.
+_OF_THE_RUN: Mapping[str, str] = MappingProxyType(
     {
-        fault.name: fault
-        for fault in (
-            Fault(
-                name="late-completions",
-                layer="ring",
-                text="a reap finds some of what is ready, in any order",
-                choices=frozenset({"reap-left-behind", "reap-next"}),
-            ),
-            Fault(
-                name="spurious-wake-ups",
-                layer="ring",
-                text="a wait ends though nothing is ready",
-                choices=frozenset({"spurious-wake-up"}),
-            ),
-            Fault(
-                name="late-cancels",
-                layer="commands",
-                text="a control command whose caller was cancelled is carried out all the same",
-                choices=frozenset({"command-before-cancel"}),
-            ),
-            Fault(name="backend-error", layer="backend", text="a method raises OSError, a write when half is done"),
-            Fault(name="backend-bug", layer="backend", text="a method raises what it should not"),
-            Fault(name="backend-short", layer="backend", text="a read or write does a part of what it was asked"),
-            Fault(name="backend-slow", layer="backend", text="an async method takes up to 200 ms"),
-            Fault(name="start-cancelled", layer="engine", text="whoever starts a disk is cancelled"),
-            Fault(name="stopped-by-others", layer="process", text="another program stops and deletes the device"),
-            Fault(
-                name="server-killed", layer="process", text="the kernel takes the device's rings and descriptor away"
-            ),
-        )
+        "start-cancelled": "whoever starts a disk is cancelled",
+        "stopped-by-others": "another program stops and deletes the device",
     }
 )
+_FROM_THE_TABLE = (
+    "completions-late",
+    "completions-reordered",
+    "spurious-wake-up",
+    "late-cancel",
+    "held-longer",
+    "no-memory",
+    "interrupted",
+    "server-killed",
+    "backend-raises",
+    "backend-short",
+    "backend-slow",
+)
+#: Every fault that a run may have, by name: what happens.
+FAULTS: Mapping[str, str] = MappingProxyType(
+    {**{name: BY_NAME[name].happens for name in _FROM_THE_TABLE}, **_OF_THE_RUN}
+)
+#: Those that the simulated kernel injects by itself. It would kill the server of all devices; a run kills that of one.
+OF_THE_KERNEL = of_layers(Layer.RING, Layer.COMMANDS) & set(FAULTS)
 
 #: The kernel's and Trio's other free decisions: no fault in any of them. A run has each of them free, or calm.
 DECISIONS = ("partition-scan-later", "queue", "settle", "tag", "task")

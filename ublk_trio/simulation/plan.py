@@ -54,15 +54,11 @@ class DiskPlan:
 def draw_plan(choices: Choices, allowed: frozenset[str]) -> Plan:
     """Decide what is enabled; no fault that is not allowed."""
     faults = frozenset(name for name in FAULTS if name in allowed and choices.choose(f"enable {name}", 2))
-    free = {name for name in DECISIONS if choices.choose(f"free {name}", 2)}
-    off = set(DECISIONS) - free
-    for name, fault in FAULTS.items():
-        if name not in faults:
-            off |= fault.choices
+    off = frozenset(name for name in DECISIONS if not choices.choose(f"free {name}", 2))
     optional = [name for name in OPTIONAL_OPERATIONS if choices.choose(f"enable {name}", 2)]
     return Plan(
         faults=faults,
-        off=frozenset(off),
+        off=off,
         operations=("read", "write", *optional),
         disks_max=1 + choices.choose("disks", 3),
         regions=_one_of(choices, "regions", (4, 1, 2, 8)),

@@ -10,7 +10,7 @@ import trio
 
 from ublk_trio.kernel_sim import Choice, Choices, EventLog, KernelVersion, RecordedChoices, SimKernel, scheduled_by
 from ublk_trio.simulation.clock import HangError, VirtualClock
-from ublk_trio.simulation.faults import FAULTS, format_faults
+from ublk_trio.simulation.faults import FAULTS, OF_THE_KERNEL, format_faults
 from ublk_trio.simulation.plan import Plan, draw_plan
 from ublk_trio.simulation.scenario import Scenario
 
@@ -44,7 +44,7 @@ class Report:
     plan: Plan
     #: Steps, disks, operations by name, and how many of them failed.
     counts: Counter[str]
-    #: Faults that were injected, by name; what the kernel did of its own is among ``choices``.
+    #: Faults that happened, by name. Late and reordered completions, late cancels and results are among ``choices`` only.
     faults: Counter[str]
     bytes_verified: int
     virtual_seconds: float
@@ -60,10 +60,11 @@ class Report:
 
 def simulate(options: RunOptions, choices: Choices) -> Report:
     """Do one run, in this thread, without a running Trio. Raises `ReplayDivergedError` when a replay does not fit."""
-    kernel = SimKernel(choices, version=options.kernel_version, cpus=_CPUS, log=True)
+    kernel = SimKernel(choices, version=options.kernel_version, cpus=_CPUS, log=True, faults=frozenset())
     assert kernel.log is not None
     plan = draw_plan(choices, options.faults)
     choices.off = plan.off
+    kernel.faults |= plan.faults & OF_THE_KERNEL
     scenario = Scenario(kernel, plan, steps=options.steps)
     problems = scenario.problems
     clock = VirtualClock(scenario.hang)
@@ -86,7 +87,7 @@ def simulate(options: RunOptions, choices: Choices) -> Report:
         options=options,
         plan=plan,
         counts=scenario.counts,
-        faults=scenario.faults,
+        faults=Counter(event[1] for event in kernel.log if event[0] == "fault"),
         bytes_verified=scenario.bytes_verified,
         virtual_seconds=clock.current_time(),
         problems=tuple(problems),

@@ -3,7 +3,7 @@
 **Safety phase.** Step by step, as the choices have it: an operation of an application, a few passes of the scheduler,
 some time, a disk more or less, a fault. Each operation is checked when it ends: its bytes, and that an error has its
 cause. **Liveness phase.** No more faults, and every decision is the calm one. What is under way must end; every disk
-that is still there must do as it is told; the target must take everything down.
+that is still there, and a new one, must do as it is told; the target must take everything down.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import trio
 
 from ublk_trio.control import open_control
 from ublk_trio.device import Device, already_gone_is_fine
-from ublk_trio.errors import UblkError
+from ublk_trio.errors import KernelError, UblkError
 from ublk_trio.kernel_sim import Bio, Choices, SimBlockDevice, SimKernel
 from ublk_trio.simulation.disk import AsyncDisk, Medium, PlainDisk
 from ublk_trio.simulation.plan import Plan, draw_disk
@@ -27,6 +27,8 @@ from ublk_trio.uapi import IoOp
 
 #: Virtual seconds in which everything must have ended once the faults have stopped. A stop may take its grace time.
 LIVENESS_SECONDS_MAX = 120.0
+#: What starting a disk may fail with, by the fault that does it.
+_START_ERRNOS = {"no-memory": errno.ENOMEM, "interrupted": errno.EINTR}
 #: What an operation may fail with when its disk goes away.
 _GONE = frozenset({errno.EIO, errno.ENXIO})
 #: Each disk begins with what the kernel reads when it looks for partitions: no region lies there.
@@ -73,7 +75,6 @@ class Scenario:
         self.steps = steps
         self.problems: list[str] = []
         self.counts: Counter[str] = Counter()
-        self.faults: Counter[str] = Counter()
         self.bytes_verified = 0
         self._choices: Choices = kernel.choices
         self._served: list[Served] = []
@@ -89,9 +90,10 @@ class Scenario:
                 self._phase("safety")
                 for number in range(self.steps):
                     await self._step(number, target, nursery)
+                self.kernel.faults.clear()
                 self._choices.calm_down()
                 self._phase("liveness")
-                await self._live_on(nursery)
+                await self._live_on(target, nursery)
                 for served in self._served:
                     served.ending = True
         for served in self._served:
@@ -106,8 +108,9 @@ class Scenario:
         self._problem("nothing hangs", "; ".join(self.kernel.leftovers()) or "the kernel holds nothing")
         self._scope.cancel()
 
-    async def _live_on(self, nursery: trio.Nursery) -> None:
+    async def _live_on(self, target: Target, nursery: trio.Nursery) -> None:
         with trio.move_on_after(LIVENESS_SECONDS_MAX) as scope:
+            self._start_one(target, nursery)
             await self._until(lambda: not self._in_flight and not self._coming())
             await self._use_every_disk(nursery)
         if scope.cancelled_caught:
@@ -139,7 +142,6 @@ class Scenario:
         self.problems.append(f"{invariant}: {text}")
 
     def _inject(self, fault: str, dev_id: int, text: str) -> None:
-        self.faults[fault] += 1
         self._log("fault", fault, dev_id, text)
 
     # ------------------------------------------------------------------ one step
@@ -230,12 +232,17 @@ class Scenario:
                     if not served.ending:
                         self._problem("nothing ends unasked", f"disk {dev_id} is gone")
             except UblkError as error:
-                if not served.killed:
+                if not served.killed and not self._was_refused(served, error):
                     self._problem("nothing fails unasked", f"disk {dev_id}: {type(error).__name__}: {error}")
             finally:
                 served.gone = True
 
         nursery.start_soon(hold, name=f"disk {dev_id}")
+
+    def _was_refused(self, served: Served, error: UblkError) -> bool:
+        """Whether a fault kept the disk from starting."""
+        allowed = {number for fault, number in _START_ERRNOS.items() if fault in self.plan.faults}
+        return served.device is None and isinstance(error, KernelError) and error.errno in allowed
 
     def _cancel_start(self, served: Served) -> None:
         self._inject("start-cancelled", served.dev_id, "")

@@ -18,7 +18,7 @@ import attrs
 
 from ublk_trio.errors import errno_name
 from ublk_trio.kernel_sim import EventLog
-from ublk_trio.kernel_sim.event_log import as_record
+from ublk_trio.kernel_sim.event_log import NO_DEVICE, as_record
 from ublk_trio.simulation.run import Report
 from ublk_trio.uapi import ANY_DEVICE_ID, IO_RES_ABORT, IO_RES_NEED_GET_DATA, MAX_NR_QUEUES, DeviceState, IoCommand
 
@@ -56,7 +56,7 @@ _COMMAND_STATE: Final[Mapping[int, str]] = {
 _FAULTS: Final = frozenset({"fault", "crash", "violation"})
 _RUN: Final = frozenset({"phase", "step", "time"})
 _TAG_EVENTS: Final = frozenset({"request", "command", "event"})
-_DEVICE_EVENTS: Final = frozenset({"control", "control-done", "state", "deleted", "ring-opened", "ring-closed"})
+_DEVICE_EVENTS: Final = frozenset({"control-sent", "control", "state", "deleted", "ring-opened", "ring-closed"})
 
 
 @attrs.define
@@ -156,12 +156,12 @@ def lanes_of(log: EventLog) -> tuple[list[Lane], list[Lane], list[str]]:
 
 def _device_event(lanes: _Lanes, number: int, event: tuple[object, ...]) -> tuple[Lane, str]:
     kind, *fields = event
-    if kind in ("control", "control-done"):
+    if kind in ("control-sent", "control"):
         name, device, *results = fields
         assert isinstance(name, str)
         assert isinstance(device, int)
         lane = lanes.commands(device)
-        if kind == "control":
+        if kind == "control-sent":
             lane.spans.append([number, -1, "COMMAND", name])
             return lane, "command"
         result = results[0]
@@ -239,7 +239,7 @@ def _words(event: tuple[object, ...]) -> tuple[str, str]:
     kind = str(record.pop("event"))
     if kind == "choice":
         return kind, f"{record['what']}: {record['chosen']} of {record['options']}"
-    if record.get("device") == ANY_DEVICE_ID:
+    if record.get("device") in (ANY_DEVICE_ID, NO_DEVICE):
         record["device"] = "any"
     result = record.get("result")
     if isinstance(result, int) and result < 0:
