@@ -53,6 +53,13 @@ _DELIVERED = TagEvent.DELIVERED
 _COMMITTED = TagEvent.COMMIT
 
 
+def _only_closed(error: BaseException) -> bool:
+    """Whether all that went wrong is that the ring was closed: several tasks that use it may have met that at once."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.ClosedResourceError)[1] is None
+    return isinstance(error, trio.ClosedResourceError)
+
+
 @attrs.frozen(kw_only=True)
 class QueueStatistics:
     """What a queue did so far: requests by operation, bytes, and how its calls batched."""
@@ -110,9 +117,10 @@ class Queue:
             try:
                 self._fetch_all()
                 await self._serve(self)
-            except trio.ClosedResourceError:
-                self._close_tags()
             except BaseException as exception:
+                if _only_closed(exception):
+                    self._close_tags()
+                    return
                 # The kernel never ends a tag that it does not have; and a START_DEV that waits for one never ends either.
                 self.must_close |= isinstance(exception, KernelError) or self.tags.count(_NOT_FETCHED) > 0
                 failed(self, exception)
