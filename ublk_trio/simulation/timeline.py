@@ -95,6 +95,7 @@ class _Lanes:
     def commands(self, device: int) -> Lane:
         if device == ANY_DEVICE_ID:
             return self._lane((-1, 4), "driver", None, "commands")
+        self.device(device)  # it has a heading, even if it was refused
         return self._lane((device, -1), "  commands", device, "commands")
 
     def tag(self, device: int, queue: int, tag: int) -> Lane:
