@@ -34,10 +34,11 @@ def digest(python: str, hash_seed: str) -> str:
 def other_pythons() -> list[str]:
     """Every Python on the PATH, from 3.11 on, that has what the command line needs, with the same Trio."""
     found = []
-    wanted = f"import cyclopts, rich, attrs, trio; assert trio.__version__ == {trio.__version__!r}"
+    wanted = f"import trio, ublk_trio.cli; assert trio.__version__ == {trio.__version__!r}"
     names = [f"python3.{minor}" for minor in range(11, 20)]
     for python in filter(None, map(shutil.which, names)):
-        if subprocess.run([python, "-c", wanted], capture_output=True, check=False).returncode == 0:
+        done = subprocess.run([python, "-c", wanted], cwd=ROOT, capture_output=True, check=False)
+        if done.returncode == 0:
             found.append(python)
     return found
 
