@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 from collections.abc import Iterator
 from enum import Enum
@@ -19,10 +20,11 @@ import ublk_trio.kernel_sim
 from tests.kernel import vm
 from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
 from ublk_trio.backends import KINDS
-from ublk_trio.cli import app, devices, serving
+from ublk_trio.cli import app, devices, serving, sim
 from ublk_trio.cli.doctor import Finding
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.control import open_control
+from ublk_trio.simulation import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,7 +35,7 @@ FOR_THE_SIMULATOR = {
     "changed", "char_path", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
     "put_device", "run", "violation",
 }  # fmt: skip
-COMMANDS = ("start", "recover", "list", "stop", "features", "doctor")
+COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim")
 
 
 def section(page: str, heading: str) -> str:
@@ -129,6 +131,19 @@ async def test_start_keys(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
 def test_doctor_keys() -> None:
     documented = [code(row[0])[0] for row in table_after(section(CLI, "## doctor"), "key")]
     assert documented == [field.name for field in attrs.fields(Finding)]
+
+
+def test_sim_faults() -> None:
+    """Every fault is listed in its words."""
+    documented = {code(row[0])[0]: row[1] for row in table_after(section(CLI, "## sim"), "fault")}
+    assert documented == FAULTS
+
+
+def test_sim_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    """`sim --json` prints the documented keys."""
+    assert sim.sim(steps=5, json=True) == 0
+    documented = [key for row in table_after(section(CLI, "## sim"), "key") for key in code(row[0])]
+    assert documented == list(json.loads(capsys.readouterr().out))
 
 
 # The Python interface -------------------------------------------------------------------------------------------------

@@ -17,18 +17,22 @@ from contextlib import asynccontextmanager
 import attrs
 import trio
 
-from ublk_trio.errors import KernelError, errno_text
+from ublk_trio.errors import ENOTSUPP, KernelError, errno_text
 from ublk_trio.ring import ControlRing, Kernel
 from ublk_trio.uapi import ANY_DEVICE_ID, FEATURES_LEN, ControlCommand, DevInfo, Feature, Params
 
+#: What a driver answers to a command that it does not know. Before Linux 6.14 it was ENOTSUPP, the kernel's own.
+UNKNOWN_COMMAND = frozenset({errno.EOPNOTSUPP, ENOTSUPP})
 _GONE = "there is no such device; `ublk-trio list` shows which there are"
+_UNKNOWN = "this kernel's ublk driver does not know the command"
 _NOT_ALLOWED = "the kernel lets only root (CAP_SYS_ADMIN) do that"
 
 _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (None, errno.ENODEV): _GONE,
     (None, errno.EPERM): _NOT_ALLOWED,
     (None, errno.EACCES): _NOT_ALLOWED,
-    (None, errno.EOPNOTSUPP): "this kernel's ublk driver does not know the command",
+    (None, errno.EOPNOTSUPP): _UNKNOWN,
+    (None, ENOTSUPP): _UNKNOWN,
     (ControlCommand.ADD_DEV, errno.EEXIST): "the id is in use; choose another, or leave it out to get a free one",
     (ControlCommand.ADD_DEV, errno.EACCES): (
         "the driver's limit on devices is reached; raise /sys/module/ublk_drv/parameters/ublks_max or stop one"
@@ -87,7 +91,7 @@ class Control:
         result = await self._ring.submit(ControlCommand.GET_FEATURES, dev_id=ANY_DEVICE_ID, buffer=buffer)
         if result >= 0:
             self.features = Feature(int.from_bytes(buffer, "little"))
-        elif result not in (-errno.EOPNOTSUPP, -errno.ENODEV):
+        elif -result not in {*UNKNOWN_COMMAND, errno.ENODEV}:
             # A driver that does not know the command (before 6.5) looks for the device first, and there is none.
             raise _refusal(ControlCommand.GET_FEATURES, ANY_DEVICE_ID, result)
 
@@ -135,7 +139,7 @@ class Control:
         try:
             await self._submit(ControlCommand.DEL_DEV_ASYNC, dev_id)
         except KernelError as error:
-            if error.errno == errno.EOPNOTSUPP:
+            if error.errno in UNKNOWN_COMMAND:
                 return False
             raise
         return True

@@ -18,15 +18,21 @@ from __future__ import annotations
 import errno as errno_names
 import os
 
+#: Linux's own for "not supported": user space has no name for it, but older drivers let it out.
+ENOTSUPP = 524
+
 
 def errno_name(number: int) -> str:
     """The symbolic name of an errno (positive or negative), or ``errno N`` when it has none."""
+    if abs(number) == ENOTSUPP:
+        return "ENOTSUPP"
     return errno_names.errorcode.get(abs(number), f"errno {abs(number)}")
 
 
 def errno_text(number: int) -> str:
     """``ENOENT (No such file or directory)``."""
-    return f"{errno_name(number)} ({os.strerror(abs(number))})"
+    text = "Operation is not supported" if abs(number) == ENOTSUPP else os.strerror(abs(number))
+    return f"{errno_name(number)} ({text})"
 
 
 class UblkError(Exception):

@@ -53,6 +53,13 @@ _DELIVERED = TagEvent.DELIVERED
 _COMMITTED = TagEvent.COMMIT
 
 
+def _only_closed(error: BaseException) -> bool:
+    """Whether all that went wrong is that the ring was closed: several tasks that use it may have met that at once."""
+    if isinstance(error, BaseExceptionGroup):
+        return error.split(trio.ClosedResourceError)[1] is None
+    return isinstance(error, trio.ClosedResourceError)
+
+
 @attrs.frozen(kw_only=True)
 class QueueStatistics:
     """What a queue did so far: requests by operation, bytes, and how its calls batched."""
@@ -110,9 +117,10 @@ class Queue:
             try:
                 self._fetch_all()
                 await self._serve(self)
-            except trio.ClosedResourceError:
-                self._close_tags()
             except BaseException as exception:
+                if _only_closed(exception):
+                    self._close_tags()
+                    return
                 # The kernel never ends a tag that it does not have; and a START_DEV that waits for one never ends either.
                 self.must_close |= isinstance(exception, KernelError) or self.tags.count(_NOT_FETCHED) > 0
                 failed(self, exception)
@@ -206,7 +214,11 @@ class Queue:
     # Buffers ---------------------------------------------------------------------------------------------------------
 
     def _assign(self, request: Request, slot: int) -> None:
-        request.buffer = self.ring.buffers[slot]
+        try:
+            request.buffer = self.ring.buffers[slot]
+        except IndexError:
+            # Closed between the reap and now, while the task that serves let others run: there are no buffers any more.
+            raise trio.ClosedResourceError("the queue ring is closed") from None
         request.data = self._read_only_views[slot]
         self.ring.slots[request.tag] = slot
 

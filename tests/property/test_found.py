@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from ublk_trio import DeviceOptions, Memory, SimKernel, open_target
+from ublk_trio.control import open_control
 
 BYTES = 1 << 16
 
@@ -46,4 +47,17 @@ async def test_kernels_that_cannot_be_asked_for_features(version: tuple[int, int
     with trio.fail_after(30):
         async with open_target(kernel) as target:
             await target.start_device(Memory(BYTES), DeviceOptions(depth=2))
+    assert kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("version", [(6, 0), (6, 5), (6, 8), (6, 12), (7, 3)])
+async def test_stopped_by_somebody_else(version: tuple[int, int]) -> None:
+    """A device that another program stops ends cleanly, whatever errno a driver has for a command that it does not know."""
+    kernel = SimKernel(version=version)
+    with trio.fail_after(30):
+        async with open_target(kernel) as target, open_control(kernel) as control:
+            device = await target.start_device(Memory(BYTES), DeviceOptions(depth=2))
+            await control.stop_device(device.dev_id)
+            await target.wait_device(device)
+            assert kernel.device_ids() == []
     assert kernel.leftovers() == []

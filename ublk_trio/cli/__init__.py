@@ -15,7 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import ublk_trio
-from ublk_trio.cli import devices, doctor, features, recover, start
+from ublk_trio.cli import devices, doctor, features, recover, sim, start
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError
 
@@ -31,6 +31,7 @@ app.command(devices.list_devices, name="list")
 app.command(devices.stop)
 app.command(features.features)
 app.command(doctor.doctor)
+app.command(sim.sim)
 app.meta.group_parameters = cyclopts.Group("Global options", sort_key=0)
 
 

@@ -15,8 +15,10 @@ from ublk_trio.kernel_sim.choices import (
     RecordedChoices,
     ReplayDivergedError,
     SeededChoices,
+    exhaust,
     hypothesis_choices,
 )
+from ublk_trio.kernel_sim.event_log import EventLog
 from ublk_trio.kernel_sim.kernel import SimKernel
 from ublk_trio.kernel_sim.scheduling import scheduled_by
 from ublk_trio.kernel_sim.version import KernelVersion
@@ -26,6 +28,7 @@ __all__ = [
     "Choice",
     "Choices",
     "DrawnChoices",
+    "EventLog",
     "FirstChoice",
     "KernelVersion",
     "RecordedChoices",
@@ -36,6 +39,7 @@ __all__ = [
     "SimKernel",
     "SimulatorViolationError",
     "Violation",
+    "exhaust",
     "hypothesis_choices",
     "scheduled_by",
 ]

@@ -17,7 +17,6 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
 import trio
 
@@ -30,6 +29,7 @@ from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import Choices, FirstChoice
 from ublk_trio.kernel_sim.clock import SimClock
 from ublk_trio.kernel_sim.device import SimDevice
+from ublk_trio.kernel_sim.event_log import NO_DEVICE, EventLog
 from ublk_trio.kernel_sim.process import CharFile, SimProcess
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
@@ -47,8 +47,8 @@ class SimKernel:
     ``choices`` decides whatever a kernel is free to decide (default: calm). ``version`` is the release it plays,
     ``features`` (default: all that the release has and the simulator models) what its driver offers. ``cpus`` bounds
     the number of queues. ``paranoid`` poisons buffers that the kernel owns. ``log=True`` keeps `log`, every event of
-    the run as tuples. ``devices_max`` is the driver's ``ublks_max``. ``faults`` are names of `faults.FAULTS`; None is
-    what a healthy kernel may do.
+    the run and every decision of ``choices`` (see `EventLog`). ``devices_max`` is the driver's ``ublks_max``. ``faults``
+    are names of `faults.FAULTS`; None is what a healthy kernel may do.
     """
 
     def __init__(
@@ -89,7 +89,9 @@ class SimKernel:
         self.kills = 0
         #: The process that opens char devices; START_DEV must name it.
         self.server_pid = os.getpid()
-        self.log: list[tuple[Any, ...]] | None = [] if log else None
+        self.log = EventLog() if log else None
+        if self.log is not None:
+            self.choices.log = self.log
         self.violations: list[Violation] = []
         #: What is no breach, but worth knowing when a run hangs.
         self.notes: list[str] = []
@@ -227,10 +229,15 @@ class SimKernel:
 
     def strikes(self, fault: str, options: int = 2) -> bool:
         """Whether a fault happens here: if it is enabled, one of so many options (the last) says so."""
-        return fault in self.faults and self.choices.choose(fault, options) == options - 1
+        strikes = fault in self.faults and self.choices.choose(fault, options) == options - 1
+        if strikes and self.log is not None:
+            self.log.append(("fault", fault, NO_DEVICE, ""))
+        return strikes
 
     def violation(self, kind: str, dev_id: int, queue_id: int, tag: int, text: str) -> None:
         """Record that a server broke the contract."""
+        if self.log is not None:
+            self.log.append(("violation", kind, dev_id, queue_id, tag))
         self.violations.append(Violation(kind=kind, dev_id=dev_id, queue_id=queue_id, tag=tag, text=text))
 
     def new_bio(self, op: int, offset: int, length: int, data: memoryview) -> Bio:
@@ -259,6 +266,8 @@ class SimKernel:
             and self.devices.get(device.dev_id) is device
         ):
             del self.devices[device.dev_id]
+            if self.log is not None:
+                self.log.append(("deleted", device.dev_id))
             self.changed()
 
     def run(

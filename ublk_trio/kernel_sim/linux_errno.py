@@ -9,6 +9,10 @@ from __future__ import annotations
 import errno
 from typing import Final
 
+from ublk_trio.errors import ENOTSUPP
+
+__all__ = ["ENOTSUPP", "SURVIVING", "number", "through_block_status"]
+
 _LINUX: Final = {
     "EIO": 5,
     "EBADE": 52,
@@ -23,10 +27,6 @@ _LINUX: Final = {
     "ETIMEDOUT": 110,
     "ETOOMANYREFS": 109,
 }
-
-
-#: Means "not supported", too, and has no name outside of the kernel.
-ENOTSUPP: Final = 524
 
 
 def number(name: str) -> int:

@@ -126,6 +126,7 @@ class SimQueue(HardwareQueue):
         self.delivering = True
         #: Requests that wait for a server.
         self.held: deque[Request] = deque()
+        self._log = device.kernel.log
 
     @property
     def ready(self) -> bool:
@@ -141,6 +142,8 @@ class SimQueue(HardwareQueue):
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
+        if self._log is not None:
+            self._log.append(("request", self.device.dev_id, self.queue_id, tag.tag, request.bio.number))
         tag.ring.post(tag.tag)
 
     # ------------------------------------------------------------------ per-tag commands

@@ -80,6 +80,8 @@ class SimControlRing:
             ioctl_encoded=ioctl_encoded,
         )
         name = getattr(command, "name", f"command {int(command):#x}")
+        if kernel.log is not None:
+            kernel.log.append(("control-sent", name, dev_id))
         results: list[int] = []
         answered = trio.Event()
 
@@ -185,6 +187,8 @@ class SimQueueRing:
         self._woke_for_nothing = False
         self._reaps = self._reaped = self._commits = self._answers = self._waits = 0
         device.rings.append(self)
+        if kernel.log is not None:
+            kernel.log.append(("ring-opened", device.dev_id, queue_id, self._depth))
 
     @property
     def queue_id(self) -> int:
@@ -369,6 +373,8 @@ class SimQueueRing:
         self._closed = True
         self._ready = []
         self._lot.unpark_all()
+        if self._kernel.log is not None:
+            self._kernel.log.append(("ring-closed", self._device.dev_id, self._queue_id))
         self._device.ring_closed(self)
         self.buffers = ()
         self._arena.close()
