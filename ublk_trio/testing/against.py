@@ -142,9 +142,13 @@ class _Run:
             _LOGGER.setLevel(level)
         if self.kernel.kills != kills:
             self._die(life)
+            # Whoever cleans up is another process, and is let live.
+            faults = set(self.kernel.faults)
+            self.kernel.faults.discard("server-killed")
             async with open_control(self.kernel) as control:
                 for dev_id in self.kernel.device_ids():
                     await control.delete_device(dev_id)
+            self.kernel.faults |= faults
         else:
             self.storage = self.storage.restart()
 
