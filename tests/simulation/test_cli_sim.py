@@ -106,4 +106,4 @@ def test_a_file_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(f"ublk-trio: {tmp_path / 'text'} is not a recording of a run")
-    assert "No such file" in lines[1]
+    assert lines[1] == f"ublk-trio: {tmp_path / 'nothing'}: ENOENT (No such file or directory)"

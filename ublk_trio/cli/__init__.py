@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 import ublk_trio
 from ublk_trio.cli import devices, doctor, features, recover, sim, start
 from ublk_trio.cli.exit_codes import ExitCode
-from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError
+from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError, errno_text
 
 app = App(
     name="ublk-trio",
@@ -80,10 +80,17 @@ def _report(group: BaseException) -> ExitCode:
     """One line per error on stderr; the exit code of the first."""
     codes = []
     for error in _leaves(group):
-        line = "interrupted" if isinstance(error, KeyboardInterrupt) else " ".join(str(error).split())
-        print(f"ublk-trio: {line or type(error).__name__}", file=sys.stderr)
+        print(f"ublk-trio: {_line(error)}", file=sys.stderr)
         codes.append(_exit_code(error))
     return codes[0]
+
+
+def _line(error: BaseException) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and not isinstance(error, UblkError) and error.filename and error.errno:
+        return f"{error.filename}: {errno_text(error.errno)}"  # Python's own text has only the number
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _exit_code(error: BaseException) -> ExitCode:
