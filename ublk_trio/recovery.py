@@ -23,9 +23,11 @@ from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
 from ublk_trio.params import params_of
 from ublk_trio.uapi import SECTOR_SHIFT, BasicAttr, DeviceState, DevInfo, Feature, Params
 
-#: Seconds that the kernel gets to notice that the last server is gone: it does so when the last of its rings ended, which a
-#: kernel worker sees to.
-NOTICE_SECONDS = 5.0
+#: Seconds that the kernel gets to notice that a killed server is gone. It is a moment; but before Linux 6.15 a queue whose
+#: every tag the server held tells it only when a request's time limit of 30 seconds is over.
+NOTICE_SECONDS = 45.0
+#: Seconds that it gets to take apart what a server left: its rings end one after the other, in a kernel worker.
+RELEASE_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 
 #: Ways of moving data, and kinds of disk, that this version cannot take over.
@@ -111,8 +113,12 @@ async def find_recoverable(control: Control, dev_id: int) -> Recoverable:
     device cannot be taken over, `KernelError` when there is none.
     """
     info = await control.device_info(dev_id)
-    with trio.move_on_after(NOTICE_SECONDS):
-        while info.state is DeviceState.LIVE and not _is_served(info):
+    if Feature.USER_RECOVERY not in info.flags:
+        raise UsageError(
+            f"device {dev_id} was made without recovery: stop it, and start it with --recovery another time"
+        )
+    with trio.move_on_after(_seconds_to_notice(info)):
+        while info.state is DeviceState.LIVE:
             await trio.sleep(_PAUSE_SECONDS)
             info = await control.device_info(dev_id)
     _check_state(info)
@@ -128,9 +134,9 @@ async def find_recoverable(control: Control, dev_id: int) -> Recoverable:
 async def start_recovery(control: Control, dev_id: int) -> None:
     """START_USER_RECOVERY, tried again while the kernel still takes the last server's char device apart.
 
-    Linux 6.12 calls a device QUIESCED before that is over. Raises `KernelError` after `NOTICE_SECONDS`.
+    Linux 6.12 calls a device QUIESCED before that is over. Raises `KernelError` after `RELEASE_SECONDS`.
     """
-    deadline = trio.current_time() + NOTICE_SECONDS
+    deadline = trio.current_time() + RELEASE_SECONDS
     while True:
         try:
             await control.start_recovery(dev_id)
@@ -142,21 +148,25 @@ async def start_recovery(control: Control, dev_id: int) -> None:
         await trio.sleep(_PAUSE_SECONDS)
 
 
-def _is_served(info: DevInfo) -> bool:
-    """Whether its server still runs: another process, that is, and not one of our own earlier ones."""
-    if info.ublksrv_pid <= 0 or info.ublksrv_pid == os.getpid():
-        return False
-    return os.path.exists(f"/proc/{info.ublksrv_pid}")
+def _seconds_to_notice(info: DevInfo) -> float:
+    """How long it is worth to wait for a LIVE device to lose its server."""
+    if info.ublksrv_pid == os.getpid():
+        return RELEASE_SECONDS  # a device of this process: one that it left behind, or serves
+    return 0.0 if _is_running(info.ublksrv_pid) else NOTICE_SECONDS
+
+
+def _is_running(pid: int) -> bool:
+    return pid > 0 and os.path.exists(f"/proc/{pid}")
 
 
 def _check_state(info: DevInfo) -> None:
-    dev_id = info.dev_id
-    if Feature.USER_RECOVERY not in info.flags:
-        raise UsageError(
-            f"device {dev_id} was made without recovery: stop it, and start it with --recovery another time"
-        )
+    dev_id, pid = info.dev_id, info.ublksrv_pid
     if info.state in _RECOVERABLE:
         return
-    if info.state is DeviceState.LIVE:
-        raise UsageError(f"device {dev_id} is live: process {info.ublksrv_pid} serves it")
-    raise UsageError(f"device {dev_id} is stopped: there is nothing to recover; delete it and start a new one")
+    if info.state is not DeviceState.LIVE:
+        raise UsageError(f"device {dev_id} is stopped: there is nothing to recover; delete it and start a new one")
+    if _is_running(pid):
+        raise UsageError(f"device {dev_id} is live: process {pid} serves it")
+    raise UsageError(
+        f"device {dev_id} is live, and the kernel has not noticed in {NOTICE_SECONDS:g} s that its server is gone: try again"
+    )

@@ -61,7 +61,7 @@ class Target:
         """Take over a disk whose server is gone, and that was started with a `Recovery`; return when it is live again.
 
         Of ``options`` only ``serve``, ``pool_buffers`` and ``grace_seconds`` count; queues, depth, buffer size, mode and
-        recovery are the device's own, read back from the kernel. Waits a few seconds for the kernel to notice that the
+        recovery are the device's own, read back from the kernel. Waits, up to 45 seconds, for the kernel to notice that the
         server is gone. Raises as `start_device` does, and `UsageError` for a device that cannot be recovered or a backend
         whose size, block size or operations are not the disk's; then, and when cancelled, the disk is left as it was.
         From then on it is this target's, which stops and deletes it as any other.
