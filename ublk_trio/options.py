@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum
 from types import MappingProxyType
-from typing import get_args
+from typing import TypeVar, get_args
 
 import attrs
 
@@ -47,20 +47,23 @@ RECOVERY_FLAGS: Mapping[Recovery, Feature] = MappingProxyType(
 )
 
 
-def _to_recovery(value: Recovery | str) -> Recovery:
+_Choice = TypeVar("_Choice", bound=Enum)
+
+
+def _member(kind: type[_Choice], name: str, value: _Choice | str) -> _Choice:
     try:
-        return Recovery(value)
+        return kind(value)
     except ValueError:
-        known = ", ".join(recovery.value for recovery in Recovery)
-        raise UsageError(f"recovery is {value!r}: known are {known}") from None
+        known = ", ".join(str(member.value) for member in kind)
+        raise UsageError(f"{name} is {value!r}: known are {known}") from None
+
+
+def _to_recovery(value: Recovery | str) -> Recovery:
+    return _member(Recovery, "recovery", value)
 
 
 def _to_mode(value: DataMode | str) -> DataMode:
-    try:
-        return DataMode(value)
-    except ValueError:
-        known = ", ".join(mode.value for mode in DataMode)
-        raise UsageError(f"mode is {value!r}: known are {known}") from None
+    return _member(DataMode, "mode", value)
 
 
 @attrs.frozen(kw_only=True)
