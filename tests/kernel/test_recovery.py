@@ -34,6 +34,12 @@ KILLS = 2
 OPTIONS = ["--queues", "2", "--depth", "16", "--max-io", "64K"]
 
 
+#: Killing a busy server that asked for recovery made 6.12.107 dereference a null pointer in ublk_drv, and the whole machine
+#: is in doubt after that.
+_RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
+under_load = pytest.mark.skipif(_RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
+
+
 async def kernel_has(feature: Feature) -> bool:
     async with open_control(RealKernel()) as control:
         return control.features is not None and feature in control.features
@@ -64,8 +70,8 @@ async def killed_server(backend: str, *options: str) -> AsyncIterator[str]:
     yield disk
 
 
-@pytest.mark.parametrize("mode", ["copy", "get-data"])
-async def test_reissue_under_verifying_load(tmp_path: Path, mode: str) -> None:
+@under_load
+async def test_reissue_under_verifying_load(tmp_path: Path) -> None:
     """With `reissue`, fio sees pauses and no error, however often the server is killed, and every byte is right."""
     backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
     finished: list[Finished] = []
@@ -79,7 +85,7 @@ async def test_reissue_under_verifying_load(tmp_path: Path, mode: str) -> None:
         ]
         finished.append((await run(*command, seconds=400)).check())
 
-    async with start_server(backend, options=[*OPTIONS, "--mode", mode, "--recovery", "reissue"]) as server:
+    async with start_server(backend, options=[*OPTIONS, "--recovery", "reissue"]) as server:
         disk = server.disk
         async with trio.open_nursery() as nursery:
             nursery.start_soon(verify, disk)
@@ -96,6 +102,7 @@ async def test_reissue_under_verifying_load(tmp_path: Path, mode: str) -> None:
     assert not exists(disk)
 
 
+@under_load
 async def test_requeue_under_load(tmp_path: Path) -> None:
     """With `requeue`, what the server held fails, all else waits for the next one; the load goes on."""
     backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
