@@ -16,10 +16,10 @@ TYPED = ublk_trio tests native docs bench tools
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test lint bench docs
+.PHONY: help start test lint bench docs planted-bugs
 
 help: ## Print this list.
-	@sed -n 's/^\([a-z]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 start: ## Install what is missing, then run five seconds of verified I/O on the simulated kernel (ARGS='…' for another disk).
 	@$(SETUP)
@@ -36,6 +36,10 @@ lint: ## Check the code: ruff's rules and format, mypy --strict.
 	$(RUN) -m ruff format --check || status=1; \
 	$(RUN) -m mypy $(TYPED) || status=1; \
 	exit $$status
+
+planted-bugs: ## Plant every known bug in the engine and in the simulator, and say what catches it, and how soon.
+	@$(SETUP) tests
+	@UBLK_TRIO_PROFILE=ci $(RUN) -m pytest -q tests/property/test_planted_bugs.py tests/proof/test_planted_simulator.py
 
 bench: ## Measure a request's cost in the engine alone, then fio on disks of a real kernel: this machine's, or a virtual one's.
 	@$(SETUP) tests
