@@ -5,8 +5,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import sys
 from pathlib import Path
 
+# As a script it finds what lies next to it first, and perhaps another checkout's package: this is about this checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.proof.coverage_page import coverage_page
 from ublk_trio import kernel_sim
 from ublk_trio.kernel_sim.version import COMMAND_RELEASE, MODELLED
 from ublk_trio.tag import EVENT_MEANING, KERNEL_OWNS, SERVER_OWES, STATE_MEANING, TRANSITIONS, TagEvent, TagState
@@ -118,7 +123,7 @@ def simulator_page() -> str:
 
 
 #: Every generated page, by file name.
-PAGES = {"tag.md": tag_page, "simulator.md": simulator_page}
+PAGES = {"tag.md": tag_page, "simulator.md": simulator_page, "coverage.md": coverage_page}
 
 
 def main() -> None:
