@@ -7,6 +7,8 @@
 PYTHON ?= python3
 # What `make start` serves. On a kernel with ublk, as root: make start ARGS='--backend memory:1G'
 ARGS ?= --kernel sim --backend memory:64M --seconds 5
+# What `make mutants` breaks: modules that tests/proof/mutate.py names. Empty: all of them.
+MODULES ?=
 # More options for the virtual machines of `make test` and `make bench`, for example --kvm where that works.
 VM_OPTIONS ?=
 
@@ -16,7 +18,7 @@ TYPED = ublk_trio tests native docs bench tools
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test lint bench docs planted-bugs
+.PHONY: help start test lint bench docs planted-bugs mutants
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -40,6 +42,10 @@ lint: ## Check the code: ruff's rules and format, mypy --strict.
 planted-bugs: ## Plant every known bug in the engine and in the simulator, and say what catches it, and how soon.
 	@$(SETUP) tests
 	@UBLK_TRIO_PROFILE=ci $(RUN) -m pytest -q tests/property/test_planted_bugs.py tests/proof/test_planted_simulator.py
+
+mutants: ## Break the tag table and the simulator in every small way, and name what no test notices (MODULES='…'; long).
+	@$(SETUP) tests
+	@$(RUN) -m tests.proof.mutate $(MODULES)
 
 bench: ## Measure a request's cost in the engine alone, then fio on disks of a real kernel: this machine's, or a virtual one's.
 	@$(SETUP) tests

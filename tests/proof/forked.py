@@ -27,7 +27,7 @@ from typing import Literal
 import attrs
 import pytest
 
-Verdict = Literal["passed", "failed", "hung", "looped", "broken"]
+Verdict = Literal["passed", "failed", "hung", "looped", "unimportable", "broken"]
 
 CPU_SECONDS_MAX = 60
 MEMORY_BYTES_MAX = 4 << 30
@@ -42,7 +42,8 @@ _FAILURES = ("AssertionError", "Failed", "SimulatorViolationError", "BrokenError
 class Ended:
     """How a child's run of pytest ended.
 
-    ``broken`` is an end that says nothing of the tests: none was run, or pytest itself failed; ``why`` has the details.
+    ``unimportable``: the tests, or what they test, could not even be imported. ``broken`` says nothing at all: no test was run, or
+    pytest itself failed; ``why`` has the details.
     """
 
     verdict: Verdict
@@ -53,11 +54,6 @@ class Ended:
     why: str = ""
     #: What the tests' plugin wrote, see `run_pytest`.
     notes: tuple[str, ...] = ()
-
-    @property
-    def caught(self) -> bool:
-        """Whether the tests noticed anything."""
-        return self.verdict in ("failed", "hung", "looped")
 
     @property
     def by_assertion(self) -> bool:
@@ -75,6 +71,7 @@ class Plugin:
         os.write(self._file, (json.dumps(record) + "\n").encode())
 
     def note(self, text: str) -> None:
+        """Say something that is no result; it comes out as one of `Ended.notes`."""
         self._write(note=text)
 
     @pytest.hookimpl(tryfirst=True)
@@ -163,7 +160,7 @@ def _watch(child: int, receive: int) -> Ended:
             said += chunk
         state, cpu = _state_of(child)
         now = time.monotonic()
-        if state != "S" or cpu != cpu_before:
+        if state != "S" or cpu != cpu_before or _has_children(child):
             asleep_since, cpu_before = None, cpu
         elif asleep_since is None:
             asleep_since = now
@@ -185,6 +182,15 @@ def _state_of(process: int) -> tuple[str, int]:
     return fields[0], int(fields[11]) + int(fields[12])
 
 
+def _has_children(process: int) -> bool:
+    """Whether it may be waiting for a program that it runs."""
+    try:
+        with open(f"/proc/{process}/task/{process}/children") as file:
+            return bool(file.read().strip())
+    except FileNotFoundError:
+        return False
+
+
 def _ended(said: Sequence[dict[str, object]], *, hung: bool, status: int) -> Ended:
     notes = tuple(str(record["note"]) for record in said if "note" in record)
     test = next((str(record["began"]) for record in reversed(said) if "began" in record), "")
@@ -194,8 +200,7 @@ def _ended(said: Sequence[dict[str, object]], *, hung: bool, status: int) -> End
         if "failed" in record:
             errors = record["errors"]
             assert isinstance(errors, list)
-            # Tests that cannot even be imported say nothing of what they would have found.
-            verdict: Verdict = "failed" if record["ran"] else "broken"
+            verdict: Verdict = "failed" if record["ran"] else "unimportable"
             return Ended(
                 verdict=verdict, test=str(record["failed"]), errors=tuple(errors), why=str(record["why"]), notes=notes
             )
