@@ -134,8 +134,10 @@ def _be_the_child(
             os.dup2(null, standard)
         # Files, or pytest's capturing of the parent would go on here.
         sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds_max, cpu_seconds_max))
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES_MAX, MEMORY_BYTES_MAX))
+        # What may be lowered but not raised again: the hard limit stays as it is.
+        for what, limit in ((resource.RLIMIT_CPU, cpu_seconds_max), (resource.RLIMIT_AS, MEMORY_BYTES_MAX)):
+            hard = resource.getrlimit(what)[1]
+            resource.setrlimit(what, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
         plugin = Plugin(send)
         prepare()
         common = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
