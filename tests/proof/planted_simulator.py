@@ -18,13 +18,15 @@ import attrs
 from ublk_trio.kernel_sim import checks
 from ublk_trio.kernel_sim import queue as queue_module
 from ublk_trio.kernel_sim.block import Request
-from ublk_trio.kernel_sim.control import Steps
-from ublk_trio.kernel_sim.device import SimDevice, SimMutex, Wait
+from ublk_trio.kernel_sim.block import tags as tags_module
+from ublk_trio.kernel_sim.block.tags import HardwareQueue
+from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.kernel import SimKernel
-from ublk_trio.kernel_sim.queue import SimQueue
+from ublk_trio.kernel_sim.queue import CommandRing, SimQueue
 from ublk_trio.kernel_sim.ring import SimControlRing, SimQueueRing
 from ublk_trio.kernel_sim.tag import OWNED_BY_SRV, SimTag
 from ublk_trio.kernel_sim.version import KernelVersion
+from ublk_trio.kernel_sim.waits import SimMutex, Steps, Wait
 from ublk_trio.uapi import IO_RES_ABORT, DeviceState, IoCommand
 
 T = TypeVar("T")
@@ -57,7 +59,7 @@ def wrong_errno() -> Iterator[None]:
     """A tag that is fetched twice gets EBUSY instead of EINVAL."""
     command = SimQueue.command
 
-    def wrong(queue: SimQueue, ring: SimQueueRing, number: int, tag: int, *rest: Any) -> int:
+    def wrong(queue: SimQueue, ring: CommandRing, number: int, tag: int, *rest: Any) -> int:
         result = command(queue, ring, number, tag, *rest)
         active = tag < queue.depth and queue.tags[tag].flags
         return -errno.EBUSY if number == IoCommand.FETCH_REQ and result == -errno.EINVAL and active else result
@@ -71,7 +73,7 @@ def any_task_may_commit() -> Iterator[None]:
     """A tag's commands are taken from a ring that did not fetch it."""
     command = SimQueue.command
 
-    def careless(queue: SimQueue, ring: SimQueueRing, number: int, tag: int, *rest: Any) -> int:
+    def careless(queue: SimQueue, ring: CommandRing, number: int, tag: int, *rest: Any) -> int:
         owner = queue.tags[tag].ring if tag < queue.depth else None
         return command(queue, owner if owner is not None else ring, number, tag, *rest)
 
@@ -84,9 +86,9 @@ def refusal_changes_the_tag() -> Iterator[None]:
     """A refused COMMIT takes the request from the server."""
     command = SimQueue.command
 
-    def changing(queue: SimQueue, ring: SimQueueRing, number: int, tag: int, *rest: Any) -> int:
+    def changing(queue: SimQueue, ring: CommandRing, number: int, tag: int, *rest: Any) -> int:
         result = command(queue, ring, number, tag, *rest)
-        if result and number == IoCommand.COMMIT_AND_FETCH_REQ and tag < queue.depth:
+        if result < 0 and number == IoCommand.COMMIT_AND_FETCH_REQ and tag < queue.depth:
             queue.tags[tag].flags &= ~OWNED_BY_SRV
         return result
 
@@ -99,9 +101,9 @@ def write_not_announced() -> Iterator[None]:
     """With NEED_GET_DATA a WRITE comes with result 0, as if its data were there."""
     deliver = SimQueue.deliver
 
-    def hasty(queue: SimQueue, ring: SimQueueRing, tag: int) -> int:
-        deliver(queue, ring, tag)
-        return 0
+    def hasty(queue: SimQueue, ring: CommandRing, tag: int) -> int | None:
+        result = deliver(queue, ring, tag)
+        return result and 0
 
     with mock.patch.object(SimQueue, "deliver", hasty):
         yield
@@ -113,13 +115,13 @@ def write_not_announced() -> Iterator[None]:
 @_planted("test_tag_commands.py")
 def tag_freed_twice() -> Iterator[None]:
     """A tag whose request ended is entered twice among the free ones."""
-    release = SimQueue._release
+    release = HardwareQueue._release
 
-    def twice(queue: SimQueue, tag: SimTag) -> None:
+    def twice(queue: HardwareQueue, tag: SimTag) -> None:
         queue._free.append(tag.tag)
         release(queue, tag)
 
-    with mock.patch.object(SimQueue, "_release", twice):
+    with mock.patch.object(HardwareQueue, "_release", twice):
         yield
 
 
@@ -133,7 +135,7 @@ class _Tail(deque[T], Generic[T]):
 @_planted("test_block.py")
 def requeued_at_the_tail() -> Iterator[None]:
     """The rest of a short READ waits behind all the others."""
-    with mock.patch.object(queue_module, "deque", _Tail):
+    with mock.patch.object(tags_module, "deque", _Tail):
         yield
 
 
@@ -298,9 +300,10 @@ def held_requests_fail_too_early() -> Iterator[None]:
     """What the server holds fails with its ring, and not with the last close of the char device."""
     ring_closed = SimQueue.ring_closed
 
-    def early(queue: SimQueue, ring: SimQueueRing) -> None:
+    def early(queue: SimQueue, ring: CommandRing) -> None:
         ring_closed(queue, ring)
-        queue.fail_owned()
+        if not queue.delivering:
+            queue.abort_owned()
 
     with mock.patch.object(SimQueue, "ring_closed", early):
         yield
