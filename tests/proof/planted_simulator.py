@@ -25,6 +25,7 @@ from ublk_trio.kernel_sim.kernel import SimKernel
 from ublk_trio.kernel_sim.queue import CommandRing, SimQueue
 from ublk_trio.kernel_sim.ring import SimControlRing, SimQueueRing
 from ublk_trio.kernel_sim.tag import OWNED_BY_SRV, SimTag
+from ublk_trio.kernel_sim.uring_commands import QueueCommands
 from ublk_trio.kernel_sim.version import KernelVersion
 from ublk_trio.kernel_sim.waits import SimMutex, Steps, Wait
 from ublk_trio.uapi import IO_RES_ABORT, DeviceState, IoCommand
@@ -306,6 +307,38 @@ def held_requests_fail_too_early() -> Iterator[None]:
             queue.abort_owned()
 
     with mock.patch.object(SimQueue, "ring_closed", early):
+        yield
+
+
+# ---------------------------------------------------------------------- the next server
+
+
+@_planted("test_recovery.py")
+def held_requests_stay_held() -> Iterator[None]:
+    """END_USER_RECOVERY leaves the requests waiting that were held for the next server."""
+    with mock.patch.object(SimDevice, "redispatch"):
+        yield
+
+
+@_planted("test_recovery.py")
+def reissued_at_the_tail() -> Iterator[None]:
+    """What a dead server had is reissued behind all that came since."""
+    abort_owned = SimQueue.abort_owned
+
+    def behind(queue: SimQueue) -> None:
+        before = len(queue.held)
+        abort_owned(queue)
+        if queue.device.reissues:
+            queue.held.rotate(before - len(queue.held))
+
+    with mock.patch.object(SimQueue, "abort_owned", behind):
+        yield
+
+
+@_planted("test_registered_buffers.py")
+def commit_leaves_the_buffer_registered() -> Iterator[None]:
+    """With AUTO_BUF_REG a commit does not take the request's buffer out of its ring."""
+    with mock.patch.object(QueueCommands, "is_same_ring", return_value=False):
         yield
 
 

@@ -101,3 +101,10 @@ def test_a_driver_that_allows_too_much_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(control, "_COMMANDS", {**control._COMMANDS, ControlCommand.UPDATE_SIZE: update_size})
     assert device_states.covered().problems() == ["UPDATE_SIZE x DEAD: illegal, and accepted"]
+
+
+def test_a_command_that_waits_for_ever_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing hangs: registering memory while requests wait for a next server, which never ends, is an error that says so."""
+    monkeypatch.setattr(device_states._Machine, "can_freeze", lambda machine: True)
+    with pytest.raises(AssertionError, match=r"nothing ends it: .*REG_BUF"):
+        device_states.covered()
