@@ -7,6 +7,8 @@
 PYTHON ?= python3
 # What `make start` serves. On a kernel with ublk, as root: make start ARGS='--backend memory:1G'
 ARGS ?= --kernel sim --backend memory:64M --seconds 5
+# What `make mutants` breaks: modules that tests/proof/mutate.py names. Empty: all of them.
+MODULES ?=
 # More options for the virtual machines of `make test` and `make bench`, for example --kvm where that works.
 VM_OPTIONS ?=
 # How long `make soak` looks, and which bug of tests/property/planted.py it has to find (`random`: any; nothing: none).
@@ -19,10 +21,10 @@ TYPED = ublk_trio tests native docs bench tools
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test soak lint bench docs
+.PHONY: help start test soak lint bench docs planted-bugs mutants
 
 help: ## Print this list.
-	@sed -n 's/^\([a-z]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 20
 
 start: ## Install what is missing, then run five seconds of verified I/O on the simulated kernel (ARGS='…' for another disk).
 	@$(SETUP)
@@ -43,6 +45,14 @@ lint: ## Check the code: ruff's rules and format, mypy --strict.
 	$(RUN) -m ruff format --check || status=1; \
 	$(RUN) -m mypy $(TYPED) || status=1; \
 	exit $$status
+
+planted-bugs: ## Plant every known bug in the engine and in the simulator, and say what catches it, and how soon.
+	@$(SETUP) tests
+	@UBLK_TRIO_PROFILE=ci $(RUN) -m pytest -q tests/property/test_planted_bugs.py tests/proof/test_planted_simulator.py
+
+mutants: ## Break the tag table and the simulator in every small way, and name what no test notices (MODULES='…'; long).
+	@$(SETUP) tests
+	@$(RUN) -m tests.proof.mutate $(MODULES)
 
 bench: ## Measure a request's cost in the engine alone and on the simulator, then fio on disks of a real kernel: this machine's, or a virtual one's.
 	@$(SETUP) tests

@@ -6,8 +6,13 @@ import errno
 import importlib
 import inspect
 import pkgutil
+import sys
 from pathlib import Path
 
+# As a script it finds what lies next to it first, and perhaps another checkout's package: this is about this checkout.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tests.proof.coverage_page import coverage_page
 from ublk_trio import kernel_sim
 from ublk_trio.kernel_sim.control_faults import CONTROL_FAULTS
 from ublk_trio.kernel_sim.faults import FAULTS, LAYER_MEANING, Layer
@@ -200,7 +205,12 @@ def faults_page() -> str:
 
 
 #: Every generated page, by file name.
-PAGES = {"tag.md": tag_page, "simulator.md": simulator_page, "faults.md": faults_page}
+PAGES = {
+    "tag.md": tag_page,
+    "simulator.md": simulator_page,
+    "faults.md": faults_page,
+    "coverage.md": coverage_page,
+}
 
 
 def main() -> None:

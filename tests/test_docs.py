@@ -20,7 +20,7 @@ def load_generator() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", ["tag.md", "simulator.md", "faults.md"])
+@pytest.mark.parametrize("name", ["tag.md", "simulator.md", "faults.md", "coverage.md"])
 def test_generated_page_is_fresh(name: str) -> None:
     """A page drawn from the code is what `make docs` would write now."""
     assert (ROOT / "docs" / name).read_text() == load_generator().PAGES[name]()

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ublk_trio.errors import IllegalTagEventError
-from ublk_trio.tag import ENDED, KERNEL_OWNS, SERVER_OWES, TRANSITIONS, TagEvent, Tags, TagState
+from ublk_trio.tag import (
+    ENDED,
+    EVENT_MEANING,
+    KERNEL_OWNS,
+    SERVER_OWES,
+    STATE_MEANING,
+    TRANSITIONS,
+    TagEvent,
+    Tags,
+    TagState,
+)
 
 #: The shortest legal way to each state.
 PATHS: dict[TagState, list[TagEvent]] = {
@@ -64,6 +74,13 @@ def test_table_is_what_is_spelt_out() -> None:
     assert {(state, event, after) for state, row in TRANSITIONS.items() for event, after in row.items()} == LEGAL
 
 
+def test_states_and_events_are_what_they_are_called() -> None:
+    """No two are the same number, the numbers are indices, and each has its meaning in words."""
+    for kind, meaning in ((TagState, STATE_MEANING), (TagEvent, EVENT_MEANING)):
+        assert [member.value for member in kind] == list(range(len(kind.__members__)))
+        assert set(meaning) == set(kind)
+
+
 def test_every_state_has_one_owner() -> None:
     """No state is both the kernel's and the server's, and the server owes nothing for a tag that has ended."""
     assert not KERNEL_OWNS & SERVER_OWES
@@ -78,6 +95,30 @@ def test_unknown_tag(tag: int) -> None:
     with pytest.raises(IllegalTagEventError, match=f"has no tag {tag} "):
         tags.step(tag, TagEvent.FETCH)
     assert [tags[0], tags[1]] == [TagState.UNFETCHED, TagState.UNFETCHED]
+
+
+@pytest.mark.parametrize("tag", range(3))
+def test_every_tag_of_the_queue_can_step(tag: int) -> None:
+    """From the first to the last; and none but the one that was meant."""
+    tags = Tags(queue_id=0, depth=3)
+    tags.step(tag, TagEvent.FETCH)
+    assert [tags[other] for other in range(3)] == [
+        TagState.FETCHING if other == tag else TagState.UNFETCHED for other in range(3)
+    ]
+
+
+@pytest.mark.parametrize("end", [TagEvent.ABORTED, TagEvent.REFUSED, TagEvent.RING_CLOSED])
+def test_all_have_ended_when_the_last_has(end: TagEvent) -> None:
+    """A tag ends once, however often it is told that the ring is gone; and none but a tag's end counts."""
+    tags = Tags(queue_id=0, depth=3)
+    for tag in range(3):
+        assert not tags.all_ended
+        tags.step(tag, TagEvent.FETCH)
+        assert not tags.all_ended
+        tags.step(tag, end)
+        assert tags.all_ended == (tag == 2)
+        tags.step(tag, TagEvent.RING_CLOSED)
+        assert tags.all_ended == (tag == 2)
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from(TagEvent)), max_size=60))

@@ -21,6 +21,8 @@ from ublk_trio.queue import Queue
 from ublk_trio.request import Request
 from ublk_trio.ring import NO_SLOT, CharDevice, pack_answer, unpack_answer
 from ublk_trio.serve_async import _Crew, _Worker
+from ublk_trio.tag import Tags
+from ublk_trio.target import Target
 from ublk_trio.uapi import IoCommand, IoFlag, IoOp
 
 _DATA_OPS = (IoOp.READ, IoOp.WRITE)
@@ -284,6 +286,123 @@ def stop_forgets_the_refusal() -> Iterator[None]:
         queue.refusing = True
 
     with mock.patch.object(Queue, "refuse", refuse):
+        yield
+
+
+@_planted
+def buffer_never_returned() -> Iterator[None]:
+    """A pooled buffer whose request failed does not go back to the pool."""
+    answer = Queue.answer
+
+    def keeping(queue: Queue, request: Request, result: int) -> None:
+        released = len(queue._released)
+        answer(queue, request, result)
+        if result < 0:
+            del queue._released[released:]
+
+    with mock.patch.object(Queue, "answer", keeping):
+        yield
+
+
+@_planted
+def data_of_another_buffer() -> Iterator[None]:
+    """A request that takes a pooled buffer is shown the data of the one that its tag had before."""
+    assign = Queue._assign
+
+    def stale(queue: Queue, request: Request, slot: int) -> None:
+        before = request.data
+        assign(queue, request, slot)
+        if before:
+            request.data = before
+
+    with mock.patch.object(Queue, "_assign", stale):
+        yield
+
+
+@_planted
+def get_data_without_a_buffer() -> Iterator[None]:
+    """A WRITE that has to wait for a buffer asks for its data at once."""
+    take = Queue._take_buffer
+
+    def careless(queue: Queue, request: Request) -> bool:
+        return take(queue, request) or request.op == IoOp.WRITE
+
+    with mock.patch.object(Queue, "_take_buffer", careless):
+        yield
+
+
+@_planted
+def error_swallowed() -> Iterator[None]:
+    """A flush that the backend failed is answered as done."""
+    failed = Handlers.failed
+
+    def forgiving(handlers: Handlers, request: Request, exception: BaseException) -> int:
+        result = failed(handlers, request, exception)
+        return 0 if request.op == IoOp.FLUSH else result
+
+    with mock.patch.object(Handlers, "failed", forgiving):
+        yield
+
+
+@_planted
+def range_too_long() -> Iterator[None]:
+    """A discard of several blocks reaches one block too far."""
+    load = Request.load
+
+    def stretching(request: Request, op_flags: int, nr_sectors: int, start_sector: int) -> None:
+        more = op_flags & 0xFF in (IoOp.DISCARD, IoOp.WRITE_ZEROES) and nr_sectors > 1
+        load(request, op_flags, nr_sectors + more, start_sector)
+
+    with mock.patch.object(Request, "load", stretching):
+        yield
+
+
+@_planted
+def ended_too_early() -> Iterator[None]:
+    """A queue is taken for ended while one of its tags is still open."""
+    with mock.patch.object(Tags, "all_ended", property(lambda tags: tags._open <= 1)):
+        yield
+
+
+@_planted
+def answer_kept_for_company() -> Iterator[None]:
+    """A single answer is held back until another one comes."""
+    flush = Queue.flush
+
+    def patient(queue: Queue) -> None:
+        if len(queue._answers) != 1 or queue.tags.depth == 1:
+            flush(queue)
+
+    with mock.patch.object(Queue, "flush", patient):
+        yield
+
+
+@_planted
+def backend_closed_before_its_calls_end() -> Iterator[None]:
+    """A backend is closed as soon as the stop is asked for."""
+    stop_serving = Device._stop_serving
+
+    async def hasty(device: Device) -> None:
+        await device.backend.aclose()
+        await stop_serving(device)
+
+    with mock.patch.object(Device, "_stop_serving", hasty):
+        yield
+
+
+@_planted
+def gone_device_still_listed() -> Iterator[None]:
+    """A target keeps listing a device that is gone."""
+    hold = Target._hold
+
+    async def keeping(target: Target, *arguments: Any, **keywords: Any) -> None:
+        listed = set(target._devices)
+        try:
+            await hold(target, *arguments, **keywords)
+        finally:
+            target._devices |= listed
+
+    with mock.patch.object(Target, "_hold", keeping):
         yield
 
 

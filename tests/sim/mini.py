@@ -67,8 +67,9 @@ class RawQueue:
 
     def event(self) -> Event:
         """The one completion that is ready."""
-        (event,) = self.events()
-        return event
+        events = self.events()
+        assert len(events) == 1, f"one completion was expected: {events}"
+        return events[0]
 
     def commit(self, tag: int, result: int) -> None:
         self.ring.commit([pack_answer(COMMIT, tag, result)])
