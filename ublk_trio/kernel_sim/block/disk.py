@@ -164,10 +164,16 @@ class SimDisk:
             steps = (Step.PREFLUSH,)
             queue.submit(SequencedRequest(bio, _FLUSH, FLUSH_SECTOR, 0, _EMPTY, queue=queue, steps=steps))
         elif op == _DISCARD:
-            pieces = split.discards(limits, bio.offset, bio.length)
-            requests = self._range_requests(bio, _DISCARD, pieces)
+            requests = [
+                Piece(bio, _DISCARD, offset >> SECTOR_SHIFT, length, _EMPTY, no_merge=cut_off)
+                for offset, length, cut_off in split.discards(limits, bio.offset, bio.length)
+            ]
             bio.expect(len(requests), lambda error: self._is_not_supported(bio, error))
-            self._send(queue, requests, plug)
+            # The bios of one call are held back together, so those that touch become one request again.
+            held = Plug(queue) if plug is None else plug
+            self._send(queue, requests, held)
+            if plug is None:
+                held.let_go()
         elif op == _WRITE_ZEROES:
             self._write_zeroes(queue, bio, no_unmap=no_unmap, no_fallback=no_fallback)
         elif op == _APPEND:
