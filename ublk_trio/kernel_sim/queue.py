@@ -447,8 +447,14 @@ class SimQueue(HardwareQueue):
             | (_SHMEM_ZC if tag.shared else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
-            addr=tag.address if tag.shared_address is None else tag.shared_address,
+            addr=self._shown_address(tag),
         ).pack()
+
+    def _shown_address(self, tag: SimTag) -> int:
+        if tag.shared_address is not None:
+            return tag.shared_address
+        # The driver has one word for both: the buffer's address, or what says where to register it.
+        return tag.auto_buffer if self.auto_buf_reg else tag.address
 
     # ------------------------------------------------------------------ the end of a server
 
