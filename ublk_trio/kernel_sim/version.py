@@ -26,6 +26,7 @@ MODELLED = (
     | Feature.NEED_GET_DATA
     | Feature.SUPPORT_ZERO_COPY
     | Feature.USER_COPY
+    | Feature.ZONED
     | Feature.AUTO_BUF_REG
     | Feature.BATCH_IO
     | Feature.INTEGRITY

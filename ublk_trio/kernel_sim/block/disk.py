@@ -226,7 +226,7 @@ class SimDisk:
 
     def _check_zone(self, bio: Bio) -> int | None:
         if self.zones is None:
-            return -_NOT_SUPPORTED
+            return -_NOT_SUPPORTED if bio.op == _APPEND else -errno.ENOTTY
         if self.read_only:
             return -errno.EPERM
         return (self.zones.check_append(bio) if bio.op == _APPEND else self.zones.check_management(bio)) or None
