@@ -164,7 +164,7 @@ class SimDisk:
             steps = (Step.PREFLUSH,)
             queue.submit(SequencedRequest(bio, _FLUSH, FLUSH_SECTOR, 0, _EMPTY, queue=queue, steps=steps))
         elif op == _DISCARD:
-            requests = [
+            requests: list[Request] = [
                 Piece(bio, _DISCARD, offset >> SECTOR_SHIFT, length, _EMPTY, no_merge=cut_off)
                 for offset, length, cut_off in split.discards(limits, bio.offset, bio.length)
             ]
