@@ -14,6 +14,8 @@ VM_OPTIONS ?=
 # How long `make soak` looks, and which bug of tests/property/planted.py it has to find (`random`: any; nothing: none).
 SECONDS ?= 600
 PLANT ?=
+# How many new scripts `make conformance` tries besides the kept ones; SEED=N tries those of a run again.
+FRESH ?= 100
 
 SETUP = PYTHON='$(PYTHON)' tools/setup.sh
 RUN = .venv/bin/python
@@ -21,7 +23,7 @@ TYPED = ublk_trio tests native docs bench tools
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help start test soak lint bench docs planted-bugs mutants
+.PHONY: help start test soak conformance lint bench docs planted-bugs mutants
 
 help: ## Print this list.
 	@sed -n 's/^\([a-z-]*\): ## \(.*\)/make \1	\2/p' Makefile | expand -t 20
@@ -37,6 +39,15 @@ test: ## Run the simulator's and all other tests as an ordinary user, then the k
 soak: ## Run the property suite's state machine from random seeds for SECONDS=600; PLANT=random plants a bug for it to find.
 	@$(SETUP) tests
 	@$(RUN) -m tests.property.soak --seconds $(SECONDS) $(if $(PLANT),--plant $(PLANT))
+
+conformance: ## Compare the simulator with the drivers of real Linux 6.12 and 7.3: the kept scripts, and FRESH=N new ones.
+	@$(SETUP) tests
+	@seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; status=0; \
+	for kernel in 6.12 7.3; do \
+	    $(RUN) tests/kernel/vm.py run --kernel $$kernel --cpus 4 --timeout 3600 --fail-on-kernel-warning $(VM_OPTIONS) -- \
+	        $(RUN) -m tests.conformance --fresh $(FRESH) --seed $$seed || status=1; \
+	done; \
+	exit $$status
 
 lint: ## Check the code: ruff's rules and format, mypy --strict.
 	@$(SETUP)

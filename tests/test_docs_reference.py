@@ -17,6 +17,7 @@ import pytest
 import ublk_trio
 import ublk_trio.backends
 import ublk_trio.kernel_sim
+from tests.conformance import __main__ as conformance
 from tests.kernel import vm
 from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
 from ublk_trio.backends import KINDS
@@ -257,6 +258,8 @@ def test_shell_lines(line: str) -> None:
         case [".venv/bin/python", "-m", "pytest", *paths]:
             for path in paths:
                 assert path.startswith("-") or (ROOT / path.partition("::")[0]).exists(), path
+        case [".venv/bin/python", "-m", "tests.conformance", *arguments]:
+            assert isinstance(conformance.build_parser().parse_args(arguments), argparse.Namespace)
         case ["python", "-m", "ublk_trio", command, *_]:
             assert command in COMMANDS
         case _:

@@ -148,6 +148,21 @@ async def test_discards_keep_to_their_granularity() -> None:
         ]
 
 
+async def test_a_discard_within_the_limit_is_one_request() -> None:
+    """It is cut where the granularity is met, and the parts are merged again: the limit alone decides."""
+    discard = ParamsDiscard(discard_granularity=4096, max_discard_sectors=64, max_discard_segments=1)
+    async with answering(basic_params(discard=discard)) as device:
+        bio = device.disk.submit(DISCARD, 512, 8192)
+        event = device.queue.event()
+        assert (event.op, event.start_sector, event.nr_sectors) == (DISCARD, 1, 16)
+        device.queue.commit(event.tag, 0)
+        assert bio.result == 8192
+        device.disk.submit(DISCARD, 512, 64 * 512)
+        assert places(device) == [(DISCARD, 1, 64)]
+        device.disk.submit(DISCARD, 512, 65 * 512)
+        assert places(device) == [(DISCARD, 1, 7), (DISCARD, 8, 58)]
+
+
 async def test_a_discard_smaller_than_the_granularity_is_sent() -> None:
     """Nothing is rounded away: the server hears of a sector in the middle of a granule."""
     discard = ParamsDiscard(discard_granularity=65536, max_discard_sectors=1024, max_discard_segments=1)

@@ -144,7 +144,7 @@ async def test_resetting_the_whole_disk_is_one_request() -> None:
 
 
 async def test_what_is_refused() -> None:
-    """Ranges that are no zones are EINVAL, conventional zones EIO, disks without zones EOPNOTSUPP."""
+    """Ranges that are no zones are EINVAL, conventional zones EIO, disks without zones ENOTTY."""
     kinds = [ZoneType.CONVENTIONAL, *[ZoneType.SEQWRITE_REQ] * 3]
     async with answering([zone(number, kind=kind) for number, kind in enumerate(kinds)]) as device:
         for offset, length in ((512, ZONE_BYTES), (0, 512), (0, 0), (0, 5 * ZONE_BYTES), (-ZONE_BYTES, ZONE_BYTES)):
@@ -158,7 +158,7 @@ async def test_what_is_refused() -> None:
     async with machine(kernel) as m, opened(m) as device:
         device.queue.fetch_all()
         assert await m.start() == 0
-        assert device.disk.submit(RESET, 0, ZONE_BYTES).result == -errno.EOPNOTSUPP
+        assert device.disk.submit(RESET, 0, ZONE_BYTES).result == -errno.ENOTTY
         assert device.disk.submit(APPEND, 0, bytes(512)).result == -errno.EOPNOTSUPP
         with pytest.raises(OSError, check=lambda error: error.errno == errno.ENOTTY):
             await device.disk.report_zones()

@@ -105,6 +105,7 @@ class SimQueue(HardwareQueue):
         self.zero_copy = bool(flags & Feature.SUPPORT_ZERO_COPY)
         self.auto_buf_reg = bool(flags & Feature.AUTO_BUF_REG)
         version = device.kernel.version
+        self._fails_read_from_nowhere = version.fails_read_from_nowhere
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
         self._has_tag_daemons = version >= (6, 16)
@@ -297,7 +298,7 @@ class SimQueue(HardwareQueue):
             end = errno.EIO
         elif self.copies and request.op == _READ and not tag.shared:
             moved = ring.copy_from(tag.address, request.view[: min(result, request.length)])
-            end = request.advance(moved) if moved else errno.EIO
+            end = errno.EIO if not moved and self._fails_read_from_nowhere else request.advance(moved)
         elif not self.short_is_whole and (request.op == _READ or request.op == _WRITE):
             moved = min(result, request.length)
             end = request.advance(moved)
@@ -447,8 +448,14 @@ class SimQueue(HardwareQueue):
             | (_SHMEM_ZC if tag.shared else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
-            addr=tag.address if tag.shared_address is None else tag.shared_address,
+            addr=self._shown_address(tag),
         ).pack()
+
+    def _shown_address(self, tag: SimTag) -> int:
+        if tag.shared_address is not None:
+            return tag.shared_address
+        # The driver has one word for both: the buffer's address, or what says where to register it.
+        return tag.auto_buffer if self.auto_buf_reg else tag.address
 
     # ------------------------------------------------------------------ the end of a server
 

@@ -205,9 +205,13 @@ class SimUring:
         """Start one entry; False when it cannot be, and those behind it stay where they are."""
         if self.kernel.log is not None:
             self.kernel.log.append(("sqe", sqe.opcode.name, sqe.user_data, sqe.cmd_op & 0xFF))
-        if sqe.opcode is UringOp.URING_CMD and sqe.multishot != sqe.buffer_select:
-            self.post_cqe(sqe.user_data, -errno.EINVAL)
-            return False
+        if sqe.opcode is UringOp.URING_CMD:
+            if sqe.buffer_select and not self.kernel.version.has_multishot_commands:
+                self.post_cqe(sqe.user_data, -errno.EOPNOTSUPP)
+                return False
+            if sqe.multishot != sqe.buffer_select:
+                self.post_cqe(sqe.user_data, -errno.EINVAL)
+                return False
         result = self._start(sqe)
         if result is not None:
             self.post_cqe(sqe.user_data, result)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ublk_trio.kernel_sim.tag import SimTag
 
 
-_NOTHING: Final = memoryview(b"")
+_NOTHING: Final = memoryview(bytearray())
 
 
 class UserCopy:

@@ -26,6 +26,7 @@ MODELLED = (
     | Feature.NEED_GET_DATA
     | Feature.SUPPORT_ZERO_COPY
     | Feature.USER_COPY
+    | Feature.ZONED
     | Feature.AUTO_BUF_REG
     | Feature.BATCH_IO
     | Feature.INTEGRITY
@@ -211,6 +212,12 @@ class KernelVersion:
     )
     closed_device_is_reset = _since(
         7, 0, "The last close resets a device without a disk, too, so that a new server can fetch its tags."
+    )
+    has_multishot_commands = _since(
+        6, 18, "io_uring takes commands to drivers that complete many times, with provided buffers; EOPNOTSUPP before."
+    )
+    fails_read_from_nowhere = _since(
+        7, 0, "A READ of whose data nothing could be copied fails; 6.12 delivers it again."
     )
     short_write_is_whole = _since(
         7, 2, 'A commit of fewer bytes ends a WRITE whole and "OK"; up to 7.1 the rest was delivered again.'

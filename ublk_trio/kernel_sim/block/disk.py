@@ -164,10 +164,16 @@ class SimDisk:
             steps = (Step.PREFLUSH,)
             queue.submit(SequencedRequest(bio, _FLUSH, FLUSH_SECTOR, 0, _EMPTY, queue=queue, steps=steps))
         elif op == _DISCARD:
-            pieces = split.discards(limits, bio.offset, bio.length)
-            requests = self._range_requests(bio, _DISCARD, pieces)
+            requests: list[Request] = [
+                Piece(bio, _DISCARD, offset >> SECTOR_SHIFT, length, _EMPTY, no_merge=cut_off)
+                for offset, length, cut_off in split.discards(limits, bio.offset, bio.length)
+            ]
             bio.expect(len(requests), lambda error: self._is_not_supported(bio, error))
-            self._send(queue, requests, plug)
+            # The bios of one call are held back together, so those that touch become one request again.
+            held = Plug(queue) if plug is None else plug
+            self._send(queue, requests, held)
+            if plug is None:
+                held.let_go()
         elif op == _WRITE_ZEROES:
             self._write_zeroes(queue, bio, no_unmap=no_unmap, no_fallback=no_fallback)
         elif op == _APPEND:
@@ -220,7 +226,7 @@ class SimDisk:
 
     def _check_zone(self, bio: Bio) -> int | None:
         if self.zones is None:
-            return -_NOT_SUPPORTED
+            return -_NOT_SUPPORTED if bio.op == _APPEND else -errno.ENOTTY
         if self.read_only:
             return -errno.EPERM
         return (self.zones.check_append(bio) if bio.op == _APPEND else self.zones.check_management(bio)) or None

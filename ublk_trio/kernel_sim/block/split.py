@@ -1,8 +1,9 @@
 """Where an operation is cut into requests.
 
 **Supported.** Reads and writes at the largest request and at chunks, the cut moved down to a physical block's boundary
-where there is one; discards at their limit and their granularity; write-zeroes at their limit, and then as writes are;
-zeroes that are written where zeroing is not offered, a MiB at a time.
+where there is one; discards at their limit and their granularity (the bios of one call are merged again where one request
+may hold them); write-zeroes at their limit, and then as writes are; zeroes that are written where zeroing is not offered,
+a MiB at a time.
 **Rejected.** Nothing. **Differs from Linux.** A direct write of more than 256 pages is several bios there; here, as
 there, it is cut at the same places unless the largest request is longer than that.
 """
@@ -41,8 +42,11 @@ def write_zeroes(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
         yield from _at_limits(limits, start, bio_length, limits.max_write_zeroes)
 
 
-def discards(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
-    """The requests of a discard: the first bio ends where the granularity is met, later ones are whole multiples."""
+def discards(limits: Limits, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
+    """The requests of a discard, each with whether it was cut off its bio, so that nothing is merged with it.
+
+    The first bio ends where the granularity is met, later ones are whole multiples.
+    """
     granularity = limits.discard_granularity
     largest = limits.max_discard - limits.max_discard % granularity
     bio_max = BIO_BYTES_MAX // granularity * granularity
@@ -53,17 +57,17 @@ def discards(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
         offset += bio_length
 
 
-def _discard_bio(limits: Limits, offset: int, length: int, largest: int) -> Iterator[Piece]:
+def _discard_bio(limits: Limits, offset: int, length: int, largest: int) -> Iterator[tuple[int, int, bool]]:
     granularity = limits.discard_granularity
     while largest and length > largest:
         piece = largest
         over = (offset + piece - limits.discard_alignment % granularity) % granularity
         if piece > over:
             piece -= over
-        yield offset, piece
+        yield offset, piece, True
         offset += piece
         length -= piece
-    yield offset, length
+    yield offset, length, False
 
 
 def _bios(offset: int, length: int, longest: int) -> Iterator[Piece]:

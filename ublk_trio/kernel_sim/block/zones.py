@@ -3,7 +3,7 @@
 **Supported.** The report at START_DEV and for an application, in requests of as many zones as the largest request has
 room for; opening, closing, finishing and resetting zones, one request a zone, all at once for a reset of the whole disk;
 zone append, never split; one write on its way to a sequential zone at a time.
-**Rejected.** EOPNOTSUPP on a disk without zones (ENOTTY for a report), EINVAL for a range that does not consist of zones
+**Rejected.** ENOTTY on a disk without zones (EOPNOTSUPP for an append), EINVAL for a range that does not consist of zones
 of the disk, EIO for managing a conventional zone and for an append that is too long or not at a zone's start; ENODEV,
 which START_DEV returns, for a report that does not describe the disk.
 **Differs from Linux.** Write pointers are not tracked: writes out of order reach the server, which must refuse them.

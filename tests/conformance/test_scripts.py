@@ -1,0 +1,155 @@
+"""The conformance scripts by themselves, and on the simulator: no kernel needed.
+
+`python -m tests.conformance` plays them on the real driver, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from typing import Any
+
+import pytest
+
+from tests.conformance import lockstep
+from tests.conformance.__main__ import SEEN, corpus
+from tests.conformance.divergences import DIVERGENCES, Divergence
+from tests.conformance.features import FEATURES, coverage
+from tests.conformance.generator import generate
+from tests.conformance.lockstep import Difference, Script
+from tests.conformance.script import ScriptError, expand
+from tests.conformance.sim_arm import SimArm
+from tests.conformance.simulated import simulated
+from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.queue import SimQueue
+
+_RELEASES = [(6, 1), (6, 12), (6, 16), (7, 0), (7, 3)]
+_SERVE = Script(
+    name="serve",
+    steps=("up d0", "app write d0 0 4096 fill=11", "commit @0", "io p0.a FETCH t=0", "app read d0 0 512", "commit @1 fill=22", "down d0"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("release", _RELEASES, ids=lambda release: "{}.{}".format(*release))
+def test_corpus_plays(release: tuple[int, int]) -> None:
+    """Every script plays on every release, and a second time shows the same."""
+    for script in corpus():
+        assert simulated(script, release) == simulated(script, release), script.name
+
+
+@pytest.mark.parametrize("kernel", ["6.12", "7.3"])
+def test_simulator_shows_what_was_seen(kernel: str) -> None:
+    """What a real kernel has been seen to show, the simulator shows: no machine is needed to notice that it does not any more."""
+    seen = json.loads(SEEN.read_text())[kernel]
+    scripts = {script.name: script for script in corpus()}
+    assert seen.keys() <= scripts.keys()
+    assert len(seen) > 200
+    major, minor = (int(word) for word in kernel.split("."))
+    other = [name for name in seen if lockstep.digest(simulated(scripts[name], (major, minor))) != seen[name]]
+    assert not other, (
+        f"to see the difference: tests/kernel/vm.py run --kernel {kernel} -- ... -m tests.conformance --only NAME"
+    )
+
+
+def test_corpus_is_large_and_covers_every_feature() -> None:
+    """At least 500 scripts are kept, each once, and each feature of the contract is exercised by one of them."""
+    scripts = corpus()
+    assert len(scripts) >= 500
+    assert len({script.name for script in scripts}) == len(scripts)
+    assert len({tuple(expand(script.steps)) for script in scripts}) == len(scripts)
+    counts = coverage(scripts)
+    assert counts.keys() == FEATURES.keys()
+    assert not [name for name, count in counts.items() if not count]
+
+
+def test_what_a_script_shows() -> None:
+    """The simulator's observations are what the contract says, step by step."""
+    shown = dict(zip(expand(_SERVE.steps), simulated(_SERVE, (7, 3)), strict=True))
+    assert shown["ctl START d0"] == ["START d0 = 0"]
+    assert shown["app write d0 0 4096 fill=11"] == ["p0.a delivers @0 WRITE 8@0 = 0 at=own 11*4096"]
+    assert shown["commit @0"] == ["app 0 write = 4096"]
+    assert shown["io p0.a FETCH t=0"] == ["p0.a FETCH = EBUSY"]
+    assert shown["commit @1 fill=22"] == ["app 1 read = 512 22*512"]
+    assert shown["ctl STOP d0"] == ["STOP d0 = 0", "p0.a aborts", "p0.a aborts"]
+    assert shown["ctl DEL d0"] == ["DEL d0 = 0"]
+
+
+def test_planted_errno_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that refuses with another errno than the expected one is told from it, at the very step."""
+    monkeypatch.setattr(lockstep, "EXPECTED_SECONDS_MAX", 0.0)
+    expected = simulated(_SERVE, (7, 3))
+    assert lockstep.follow(_SERVE, expected, SimArm(SimKernel(partition_scan=False)))[1] is None
+
+    original = SimQueue.command
+
+    def planted(self: SimQueue, *arguments: Any, **options: Any) -> Any:
+        result = original(self, *arguments, **options)
+        return -errno.EINVAL if result == -errno.EBUSY else result
+
+    monkeypatch.setattr(SimQueue, "command", planted)
+    difference = lockstep.follow(_SERVE, expected, SimArm(SimKernel(partition_scan=False)))[1]
+    assert difference is not None
+    assert difference.step == "io p0.a FETCH t=0"
+    assert (difference.expected, difference.shown) == (("p0.a FETCH = EBUSY",), ("p0.a FETCH = EINVAL",))
+
+
+def test_lost_and_surplus_observations_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What never comes is a difference, and so is what nobody expected."""
+    monkeypatch.setattr(lockstep, "EXPECTED_SECONDS_MAX", 0.0)
+    expected = simulated(_SERVE, (7, 3))
+    steps = expand(_SERVE.steps)
+    place = steps.index("commit @0")
+    more = [*expected]
+    more[place] = [*expected[place], "app 7 read = 512"]
+    less = [*expected]
+    less[place] = []
+    for wanted in (more, less):
+        difference = lockstep.follow(_SERVE, wanted, SimArm(SimKernel(partition_scan=False)))[1]
+        assert difference is not None
+        assert difference.step_number == place
+
+
+def test_generator_is_reproducible() -> None:
+    """A seed makes one script, for ever; different seeds make different ones."""
+    assert [generate(seed) for seed in range(40)] == [generate(seed) for seed in range(40)]
+    assert len({generate(seed).steps for seed in range(200)}) > 190
+
+
+def test_script_in_error() -> None:
+    """A step that says nothing sensible is our mistake, and named; one that names an absent request is not."""
+    with pytest.raises(ScriptError, match="dance"):
+        simulated(Script(name="", steps=("dance",)), (7, 3))
+    with pytest.raises(ScriptError, match="ctl ADD"):
+        simulated(Script(name="", steps=("ctl ADD d0 depth=many",)), (7, 3))
+    assert simulated(Script(name="", steps=("commit @0",)), (7, 3)) == [["unbound @0"]]
+
+
+def test_divergences_are_narrow() -> None:
+    """An explanation covers its releases, its steps and its lines, and nothing more."""
+    divergence = Divergence(
+        name="x",
+        reason="y",
+        since=(6, 2),
+        before=(7, 0),
+        step="ctl STOP .*",
+        simulated="STOP d0 = 0",
+        real="STOP d0 = EINTR",
+    )
+
+    def difference(step: str, expected: tuple[str, ...], shown: tuple[str, ...]) -> Difference:
+        return Difference(script="s", step_number=0, step=step, expected=expected, shown=shown)
+
+    real = ("STOP d0 = EINTR",)
+    assert divergence.explains(difference("ctl STOP d0", ("STOP d0 = 0",), real), (6, 12))
+    assert divergence.explains(difference("ctl STOP d0", (), real), (6, 12))
+    assert not divergence.explains(difference("ctl STOP d0", (), real), (7, 0))
+    assert not divergence.explains(difference("ctl STOP d0", (), real), (6, 1))
+    assert not divergence.explains(difference("ctl START d0", (), real), (6, 12))
+    assert not divergence.explains(difference("ctl STOP d0", (), (*real, "app 0 read = EIO")), (6, 12))
+    assert not divergence.explains(difference("ctl STOP d0", ("STOP d0 = 00",), real), (6, 12))
+
+
+def test_divergences_have_reasons() -> None:
+    """Every explanation says why, and has a name of its own."""
+    assert all(len(divergence.reason) > 40 for divergence in DIVERGENCES)
+    assert len({divergence.name for divergence in DIVERGENCES}) == len(DIVERGENCES)
