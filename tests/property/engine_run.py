@@ -20,6 +20,8 @@ from ublk_trio.control import open_control
 PASSES_MAX = 3_000
 #: The faults that a disk has only if its plan says so.
 FAILURES = frozenset({"backend-raises", "backend-short"})
+#: A little more than a request's time limit.
+NOTICE_SECONDS = 31.0
 #: Deadlines that may pass while a target ends.
 DEADLINES_MAX = 50
 #: Errnos of commands that fail by a fault, by its name.
@@ -221,6 +223,8 @@ class EngineRun:
         self.pumped.abandon()
         # A task that was just starting a disk may have opened one more char device on its way out.
         self.kernel.kill_server()
+        # Before 6.15 it may be only a request's time limit that tells the kernel of a dead server.
+        self.kernel.let_time_pass(NOTICE_SECONDS)
         for violation in self.kernel.violations:
             raise BrokenError(f"the kernel's contract: {violation.kind}", violation)
         for served in self.served:

@@ -28,6 +28,17 @@ _CALL_SETS = {name: frozenset(calls) for name, calls in CALLS.items()}
 _PARTITION_SCAN_BYTES = 4096
 
 
+#: Calls that may fail with EOPNOTSUPP without failing their operation: zeroes are written instead, and the block layer takes
+#: a discard or a flush that turns out not to be there for done.
+_EXCUSED: dict[Name, tuple[str, ...]] = {
+    "read": (),
+    "write": ("write_zeroes",),
+    "write_zeroes": ("write_zeroes",),
+    "discard": ("discard",),
+    "flush": ("flush",),
+}
+
+
 class BrokenError(AssertionError):
     """An invariant does not hold."""
 
@@ -134,9 +145,11 @@ class ByteModel:
                 for failure in self.disk.failures[operation.failures_before :]
                 if failure.name in CALLS[operation.name]
                 and failure.touches(operation.offset, operation.length)
-                and (failure.name, failure.number) != ("write_zeroes", errno.EOPNOTSUPP)
+                and not (failure.number == errno.EOPNOTSUPP and failure.name in _EXCUSED[operation.name])
             ]
             demand(not failed, "a failed call fails its request", f"{operation} succeeded in spite of {failed}")
+        if operation.name in ("discard", "flush") and self._was_not_supported(operation):
+            return  # nothing was done, and nobody was told
         if operation.name == "read":
             self._check_read(operation)
         elif operation.name == "flush":
@@ -144,6 +157,14 @@ class ByteModel:
             demand(not lost or not self.volatile_cache, "a flush flushed what came before", f"{operation} left {lost}")
         else:
             self._end_write(operation)
+
+    def _was_not_supported(self, operation: Operation) -> bool:
+        return any(
+            failure.number == errno.EOPNOTSUPP
+            and failure.name == operation.name
+            and (operation.name == "flush" or failure.touches(operation.offset, operation.length))
+            for failure in self.disk.failures[operation.failures_before :]
+        )
 
     def _check_failure(self, operation: Operation, number: int, *, may_fail: bool) -> None:
         if may_fail and number in (errno.EIO, errno.ENXIO):
