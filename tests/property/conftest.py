@@ -17,7 +17,9 @@ from tests.property.reports import CAUGHT, table
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("the property suite's state machine")
-    group.addoption("--replay", metavar="BLOB", help="repeat one failing run, as a failure's note or a soak says")
+    group.addoption(
+        "--replay", metavar="PROFILE:BLOB", help="repeat one failing run, as a failure's note or a soak says"
+    )
     group.addoption("--plant", metavar="BUG", help="with this bug of tests/property/planted.py")
 
 

@@ -38,7 +38,7 @@ def soak(*, seconds: float, plant: str | None, shrink: bool) -> int:
             run_machine(profile, seed=seed, plant=plant)
         except Exception as error:
             print(f"found by seed {seed}, after {EngineMachine.runs} runs: {type(error).__name__}: {error}")
-            print(repeating_line(error, plant=plant) or "Hypothesis does not say how to repeat it", flush=True)
+            print(repeating_line(error, profile, plant=plant) or "Hypothesis does not say how to repeat it", flush=True)
             return 1
         runs += EngineMachine.runs
         steps += EngineMachine.steps
