@@ -79,12 +79,11 @@ class Recoverable:
                 f"device {dev_id} has blocks of {block_size} bytes, and backend {backend} of {backend.block_size}: "
                 f"say block_size={block_size}"
             )
-        missing = sorted(self._promises() - _promises(params_of(handlers, max_io_bytes=self.info.max_io_buf_bytes)))
+        missing = sorted(
+            _promises(self.params) - _promises(params_of(handlers, max_io_bytes=self.info.max_io_buf_bytes))
+        )
         if missing:
             raise UsageError(f"device {dev_id} offers {', '.join(missing)}, and backend {backend} cannot do that")
-
-    def _promises(self) -> frozenset[str]:
-        return _promises(self.params)
 
 
 def _promises(params: Params) -> frozenset[str]:
