@@ -34,6 +34,8 @@ def test_a_planted_bug_is_found_and_replayed() -> None:
     assert found is not None, soaked.stdout
     python, _, *line = shlex.split(soaked.stdout.splitlines()[-1])
     assert python == "python"
+    # The checkout may not be this user's to write to, and pytest's cache would.
+    line += ["-p", "no:cacheprovider"]
     replayed = run(*line)
     assert replayed.returncode == 1
     assert f"BrokenError: {found[1]}" in replayed.stdout
