@@ -303,10 +303,11 @@ async def test_a_slow_server_is_killed() -> None:
         early = disk.submit(IoOp.READ, 0, 512)
         queue.commit(queue.event().tag, 512)
         slow = disk.submit(IoOp.READ, 0, 512)
-        kernel.let_time_pass(29)
+        kernel.let_time_pass(10)
         late = disk.submit(IoOp.READ, 512, 512)
+        kernel.let_time_pass(19.9)
         assert not slow.done
-        kernel.let_time_pass(1)
+        kernel.let_time_pass(0.1)
         assert [bio.result for bio in (early, slow, late)] == [512, -errno.EIO, -errno.EIO]
         with pytest.raises(trio.ClosedResourceError):
             queue.events()
@@ -328,6 +329,39 @@ async def test_an_answer_in_time_saves_the_server() -> None:
         kernel.let_time_pass(60)
         assert bio.result == 1024
         kernel.crash_server(0)
+
+
+async def test_who_waits_for_a_tag_has_not_begun() -> None:
+    """The 30 s begin with the delivery: a server that answers each request in time lives, however long the line."""
+    kernel = SimKernel(privileged=False)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
+        disk = kernel.block_device(0)
+        bios = [disk.submit(IoOp.READ, 4096 * number, 512) for number in range(6)]
+        for _ in range(3):
+            events = queue.events()
+            kernel.let_time_pass(29)
+            for event in events:
+                queue.commit(event.tag, 512)
+        assert [bio.result for bio in bios] == [512] * 6
+        kernel.let_time_pass(1000)
+        assert user.device.char is user.char
+        kernel.crash_server(0)
+
+
+async def test_before_6_15_nobody_tells_of_a_killed_server_that_had_every_tag() -> None:
+    """An ordinary user's server is killed, once; its requests, unlike those of root's devices, are not looked at again."""
+    kernel = SimKernel(version=(6, 12), privileged=False)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
+        bios = [kernel.block_device(0).submit(IoOp.READ, 4096 * number, 512) for number in range(2)]
+        queue.events()
+        kernel.let_time_pass(30)
+        assert user.device.char is None
+        kernel.let_time_pass(86400)
+        assert [bio.result for bio in bios] == [None, None]
 
 
 async def test_roots_servers_have_all_the_time() -> None:

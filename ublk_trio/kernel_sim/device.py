@@ -1,7 +1,7 @@
 """A ublk device: its state, who holds it, how it starts and stops.
 
 **Supported.** DEAD, LIVE, QUIESCED, FAIL_IO and the ways between them; one opener of the char device; references that
-keep a deleted device's id taken; the 30 s that a request has on an unprivileged device. `server_end` has what happens
+keep a deleted device's id taken; the 30 s that a request has. `server_end` has what happens
 when the server goes.
 **Rejected.** An opener of the disk that may not: EPERM, ENXIO. **Differs from Linux.** A STOP_DEV with user recovery
 makes the page cache's last writes fail, but there is no page cache here.
@@ -10,8 +10,6 @@ makes the page cache's last writes fail, but there is no page cache here.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -28,9 +26,7 @@ from ublk_trio.kernel_sim.waits import SimMutex, Steps, Wait
 from ublk_trio.uapi import IO_DESC_SIZE, DeviceState, DevInfo, Feature, Params
 
 if TYPE_CHECKING:
-    from ublk_trio.kernel_sim.block import Request
     from ublk_trio.kernel_sim.call import Caller
-    from ublk_trio.kernel_sim.clock import Timer
     from ublk_trio.kernel_sim.kernel import SimKernel
     from ublk_trio.kernel_sim.process import CharFile
     from ublk_trio.kernel_sim.queue import CommandRing
@@ -88,10 +84,9 @@ class SimDevice:
         self.mapper: object = None
         #: The server's process is dead, and its pid is nobody's.
         self.server_died = False
-        #: Ends the process that opened the char device.
-        self.kill_server: Callable[[], None] = partial(kernel.crash_server, info.dev_id)
         self._attempts_too_early = 0
-        self._timers: dict[tuple[int, int, int, int], Timer] = {}
+        #: The clock will have `_check_deadlines` called.
+        self._ticking = False
 
     # ------------------------------------------------------------------ what it is
 
@@ -312,29 +307,28 @@ class SimDevice:
         self.canceling = self.stopping = self.unprivileged_daemons = False
         self.mapper = None
         self.opener_pid = -1
-        self._timers.clear()
 
     # ------------------------------------------------------------------ time
 
-    def set_timers(self) -> None:
-        """Before time passes: it began to run for whatever is on its way since the last time."""
-        if self.kernel.version.release_ends_server or self.info.flags & Feature.UNPRIVILEGED_DEV:
-            return  # Nobody's timeout tells anything, or the disk itself watches.
+    def request_started(self, tag: SimTag) -> None:
+        """The tag's request is on its way to the server: its time begins, the rest of a short READ's too."""
+        clock = self.kernel.clock
+        tag.deadline = clock.now + REQUEST_TIMEOUT_SECONDS
+        if not self._ticking:
+            self._ticking = True
+            clock.after(REQUEST_TIMEOUT_SECONDS, self._check_deadlines)
+
+    def _check_deadlines(self) -> None:
+        """Some request's time may be up; one that stays gets as much again."""
         clock = self.kernel.clock
         for queue in self.queues:
-            for tag in queue.tags:
-                request = tag.request
-                if request is not None:
-                    # The rest of a short READ is a start of its own.
-                    key = (queue.queue_id, tag.tag, id(request), request.start_sector)
-                    if key not in self._timers:
-                        callback = partial(self._timed_out, key, queue, tag, request)
-                        self._timers[key] = clock.after(REQUEST_TIMEOUT_SECONDS, callback)
-
-    def _timed_out(self, key: tuple[int, int, int, int], queue: SimQueue, tag: SimTag, request: Request) -> None:
-        if self._timers.pop(key, None) is None:
-            return
-        if tag.request is request and request.start_sector == key[3]:
-            server_end.request_timed_out(self, queue)
+            late = [tag for tag in queue.tags if tag.request is not None and tag.deadline <= clock.now]
+            for tag in late:
+                tag.deadline = clock.now + REQUEST_TIMEOUT_SECONDS
+            if late:
+                server_end.request_timed_out(self, queue)
+        deadlines = [tag.deadline for queue in self.queues for tag in queue.tags if tag.request is not None]
+        self._ticking = bool(deadlines)
+        if deadlines:
+            clock.after(min(deadlines) - clock.now, self._check_deadlines)
         self.kernel.changed()
-        self.set_timers()

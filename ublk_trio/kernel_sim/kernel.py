@@ -194,8 +194,6 @@ class SimKernel:
         """The machine's clock goes on; what has a time limit meets it. Nothing else moves this clock."""
         if self.log is not None:
             self.log.append(("time", seconds))
-        for _, device in sorted(self.devices.items()):
-            device.set_timers()
         self.clock.advance(seconds)
         self.changed()
 

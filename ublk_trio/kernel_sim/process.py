@@ -199,7 +199,6 @@ class CharFile(SimFile):
         self.device = device
         device.char = self
         device.opener_pid = process.pid
-        device.kill_server = process.exit
 
     def mmap(
         self, offset: int, length: int, *, writable: bool = False, process: SimProcess | None = None

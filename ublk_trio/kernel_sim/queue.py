@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
-from ublk_trio.kernel_sim import checks
+from ublk_trio.kernel_sim import checks, server_end
 from ublk_trio.kernel_sim.batch import BatchQueue
 from ublk_trio.kernel_sim.block.tags import HardwareQueue
 from ublk_trio.kernel_sim.linux_errno import through_block_status
@@ -109,6 +109,7 @@ class SimQueue(HardwareQueue):
         self.short_is_whole = version.short_write_is_whole
         self._checks_as_until_6_16 = version < (6, 17)
         self._has_tag_daemons = version >= (6, 16)
+        self._minds_time = server_end.minds_time(device)
         #: Shared memory that the server registered, where requests' data may lie.
         self.shmem = device.shmem if flags & Feature.SHMEM_ZC else None
         self.batch = BatchQueue(self) if flags & Feature.BATCH_IO else None
@@ -143,6 +144,8 @@ class SimQueue(HardwareQueue):
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
+        if self._minds_time:
+            self.device.request_started(tag)
         if self._log is not None:
             self._log.append(("request", self.device.dev_id, self.queue_id, tag.tag, request.bio.number))
         tag.ring.post(tag.tag)

@@ -1,8 +1,8 @@
 """The end of a server, and what becomes of the device and of the requests that the server had.
 
 **Supported.** Cancelling the commands of a ring that closes, and the last close of the char device, as two kinds of
-releases have them; requests that fail, are held for the next server, or are reissued to it at the head of the line; the timeout by
-which older releases learn of a death.
+releases have them; requests that fail, are held for the next server, or are reissued to it at the head of the line; a request's time
+limit, by which older releases learn of a death, and which costs an ordinary user's server its life.
 **Rejected.** Nothing. **Differs from Linux.** A ring closes at once. Requests that are held do not keep their tags, and
 leave in the order in which they came. A short READ of the next server does not set free what END_USER_RECOVERY will.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ublk_trio.kernel_sim.waits import Steps, Wait
-from ublk_trio.uapi import DeviceState
+from ublk_trio.uapi import DeviceState, Feature
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -130,8 +130,17 @@ def reset_for_recovery(device: SimDevice) -> None:
 # ---------------------------------------------------------------------- time
 
 
+def minds_time(device: SimDevice) -> bool:
+    """Whether `request_timed_out` does anything, ever."""
+    return not device.kernel.version.release_ends_server or bool(device.info.flags & Feature.UNPRIVILEGED_DEV)
+
+
 def request_timed_out(device: SimDevice, queue: SimQueue) -> None:
-    """A request of root's device was not answered in time, which is no matter if the server lives."""
+    """A request was not answered in time: an ordinary user's server is killed; root's may go on, if it lives."""
+    if device.info.flags & Feature.UNPRIVILEGED_DEV:
+        if device.char is not None or device.rings:
+            device.kernel.crash_server(device.dev_id)
+        return
     if not device.server_died:
         return
     # No command is left whose cancelling would tell: the timeout itself does.

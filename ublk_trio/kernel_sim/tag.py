@@ -53,6 +53,7 @@ class SimTag:
         "auto_buffer",
         "auto_ring",
         "committed",
+        "deadline",
         "delivered_flags",
         "flags",
         "poisoned_bytes",
@@ -76,6 +77,8 @@ class SimTag:
         self.flags = 0
         self.address = 0
         self.request: Request | None = None
+        #: When its time is up; kept where somebody would mind.
+        self.deadline = 0.0
         #: How much of a WRITE's data fitted, when that was not all; else -1.
         self.sectors_copied = -1
         #: Where the pending command came from, and will be completed.

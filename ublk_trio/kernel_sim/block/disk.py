@@ -27,7 +27,7 @@ from ublk_trio.kernel_sim.block.zones import MANAGEMENT, Zones, ZoneWrite
 from ublk_trio.kernel_sim.linux_errno import number as linux_errno
 from ublk_trio.kernel_sim.params import has_attr
 from ublk_trio.kernel_sim.waits import Wait
-from ublk_trio.uapi import SECTOR_SHIFT, SECTOR_SIZE, BasicAttr, Feature, IoFlag, IoOp
+from ublk_trio.uapi import SECTOR_SHIFT, SECTOR_SIZE, BasicAttr, IoFlag, IoOp
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block.bio import Bio
@@ -82,8 +82,6 @@ class SimDisk:
         self._cpus = spread(self._queue_of_cpu)
         for queue in self._queues:
             queue.attach(limits, FlushQueue(queue, kernel.clock))
-            if device.info.flags & Feature.UNPRIVILEGED_DEV:
-                queue.watch(kernel.clock, self._timed_out)
 
     @property
     def size(self) -> int:
@@ -115,11 +113,6 @@ class SimDisk:
         if kernel.log is not None:
             kernel.log.append(("bio-done", bio.number, bio.result))
         kernel.changed()
-
-    def _timed_out(self) -> None:
-        """The server of an unprivileged device let a request's time pass: it is killed."""
-        if self.device.char is not None or self.device.rings:
-            self.kernel.crash_server(self.device.dev_id)
 
     # ------------------------------------------------------------------ operations
 

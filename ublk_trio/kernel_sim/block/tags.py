@@ -3,8 +3,7 @@
 **Supported.** As many requests in flight as the queue has tags; those that find none wait, and get one in the order of
 their arrival unless Choices wakes another of the first eight; a request that the driver gives back for more goes before
 all others and keeps its tag, unless the queue is the only one (then a scheduler may sit above it, and Choices has any
-free tag for it); requests of a flush sequence keep theirs to the sequence's end; 30 seconds, then the driver hears that a
-request timed out.
+free tag for it); requests of a flush sequence keep theirs to the sequence's end.
 **Rejected.** Nothing. **Differs from Linux.** No I/O scheduler: what waits is not sorted. A plugged request gets its tag
 when the plug is let go. What is requeued is delivered again at once.
 """
@@ -12,7 +11,7 @@ when the plug is let go. What is requeued is delivered again at once.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ublk_trio.kernel_sim.block import merge
@@ -23,13 +22,10 @@ if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block.limits import Limits
     from ublk_trio.kernel_sim.block.request import Request
     from ublk_trio.kernel_sim.choices import Choices
-    from ublk_trio.kernel_sim.clock import SimClock
     from ublk_trio.kernel_sim.tag import SimTag
 
 #: How many waiters may be woken first: Linux spreads them over so many wait queues.
 _WAKEABLE: Final = 8
-#: A request's time limit.
-TIMEOUT_SECONDS: Final = 30.0
 
 
 class HardwareQueue:
@@ -45,7 +41,6 @@ class HardwareQueue:
         #: Of the disk, while there is one.
         self.limits: Limits | None = None
         self.flush: FlushQueue | None = None
-        self._timeouts: _Timeouts | None = None
         self._free = list(range(depth - 1, -1, -1))
         self._choices = choices
         self._only_one = only_one
@@ -61,11 +56,6 @@ class HardwareQueue:
         assert not self.waiting
         self.limits = limits
         self.flush = flush
-        self._timeouts = None
-
-    def watch(self, clock: SimClock, timed_out: Callable[[], None]) -> None:
-        """From now on requests time out, ``timed_out`` is called then."""
-        self._timeouts = _Timeouts(self, clock, timed_out)
 
     # ------------------------------------------------------------------ from the block layer
 
@@ -79,15 +69,10 @@ class HardwareQueue:
             request.tag = free.pop()
         else:
             request.tag = free.pop(-1 - self._choices.choose("tag", len(free)))
-        if self._timeouts is None and not request.keeps_tag:
-            self._dispatch(request)
-        else:
-            self.issue(request)
+        self.issue(request)
 
     def issue(self, request: Request) -> None:
         """Start a request that has its tag."""
-        if self._timeouts is not None:
-            self._timeouts.started(request)
         if request.keeps_tag:
             assert self.flush is not None
             self.flush.issue(request)
@@ -146,8 +131,6 @@ class HardwareQueue:
             while waiting:
                 if waiting[0].tag != NO_TAG:
                     request = waiting.popleft()
-                    if self._timeouts is not None:
-                        self._timeouts.started(request)
                     self._dispatch(request)
                     continue
                 if not free:
@@ -162,30 +145,3 @@ class HardwareQueue:
                     self._dispatch(request)
         finally:
             self._running = False
-
-
-class _Timeouts:
-    """The time limit of what a queue's driver has."""
-
-    def __init__(self, queue: HardwareQueue, clock: SimClock, timed_out: Callable[[], None]) -> None:
-        self._queue = queue
-        self._clock = clock
-        self._timed_out = timed_out
-        self._deadlines = [0.0] * queue.depth
-        self._ticking = False
-
-    def started(self, request: Request) -> None:
-        self._deadlines[request.tag] = self._clock.now + TIMEOUT_SECONDS
-        if not self._ticking:
-            self._ticking = True
-            self._clock.after(TIMEOUT_SECONDS, self._look)
-
-    def _look(self) -> None:
-        self._ticking = False
-        deadlines = [self._deadlines[tag.tag] for tag in self._queue.tags if tag.request is not None]
-        if any(deadline <= self._clock.now for deadline in deadlines):
-            self._timed_out()
-        later = [deadline for deadline in deadlines if deadline > self._clock.now]
-        if later:
-            self._ticking = True
-            self._clock.after(min(later) - self._clock.now, self._look)
