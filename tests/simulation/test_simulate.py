@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from ublk_trio import Backend, DataMode, DeviceOptions, Memory, SimKernel, UblkError, open_target
+from ublk_trio import Backend, DataMode, DeviceOptions, Memory, SimKernel, UblkError, kernel_sim, open_target
 from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Handlers
 from ublk_trio.kernel_sim import Bio, KernelVersion, RecordedChoices, SeededChoices
 from ublk_trio.kernel_sim.faults import BY_NAME
+from ublk_trio.kernel_sim.faults import FAULTS as OF_THE_TABLE
 from ublk_trio.queue import Queue
 from ublk_trio.simulation import FAULTS, Report, RunOptions, parse_faults, simulate
 from ublk_trio.simulation.clock import HangError, VirtualClock
-from ublk_trio.simulation.faults import OF_THE_KERNEL, format_faults
+from ublk_trio.simulation.faults import DECISIONS, OF_THE_KERNEL, format_faults
 from ublk_trio.uapi import IoOp
 
 SEEDS = 20
@@ -81,6 +84,23 @@ def test_replay_is_the_same_run() -> None:
         assert again.log == report.log
         assert choices.remaining == 0
         assert again.log.digest() == report.log.digest() != run(seed + 1).log.digest()
+
+
+def questions_of(module: Path) -> Iterator[str]:
+    """What a module of the simulator asks of its choices; a question that has no fixed name is a fault's."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "choose":
+            what = node.args[0]
+            if isinstance(what, ast.Constant):
+                yield str(what.value)
+
+
+def test_every_decision_is_known() -> None:
+    """What the kernel and Trio decide is either a fault's question or one that a run has free or calm, and all of these are asked."""
+    # The raw rings ask questions of their own, but a run's engine has none of them.
+    modules = [path for path in Path(kernel_sim.__path__[0]).rglob("*.py") if path.name != "uring.py"]
+    asked = {what for module in modules for what in questions_of(module)}
+    assert asked - {what for fault in OF_THE_TABLE for what in fault.choices} == set(DECISIONS)
 
 
 # ---------------------------------------------------------------------- planted bugs

@@ -40,7 +40,7 @@ FAULTS: Mapping[str, str] = MappingProxyType(
 OF_THE_KERNEL = of_layers(Layer.RING, Layer.COMMANDS) & set(FAULTS)
 
 #: The kernel's and Trio's other free decisions: no fault in any of them. A run has each of them free, or calm.
-DECISIONS = ("partition-scan-later", "queue", "settle", "tag", "task")
+DECISIONS = ("cpu", "merge-waiting", "release-late", "settle", "tag", "task", "waiter")
 
 
 def parse_faults(text: str) -> frozenset[str]:
