@@ -10,6 +10,8 @@ import pytest
 
 from tests.simulation.test_simulate import swallow_errors
 from ublk_trio.cli import main
+from ublk_trio.simulation import RunOptions
+from ublk_trio.simulation.faults import format_faults
 
 
 def sim(*arguments: str | Path) -> int:
@@ -28,6 +30,23 @@ def test_a_good_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert first.out.startswith("sim --seed 3 --faults all --kernel-version 6.12 --steps 60\n")
     assert sim("--seed", "3", "--steps", "60", "--kernel-version", "6.12") == 0
     assert capsys.readouterr().out == first.out
+
+
+def test_help_says_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    """What the help and the manual say is what a run without options has."""
+    options = RunOptions()
+    faults = format_faults(options.faults)
+    assert sim("--help") == 0
+    help_text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    manual = (Path(__file__).parents[2] / "docs" / "cli.md").read_text()
+    for name, placeholder, value in (
+        ("seed", "N", options.seed),
+        ("faults", "NAMES", faults),
+        ("kernel-version", "RELEASE", options.kernel_version),
+        ("steps", "N", options.steps),
+    ):
+        assert f"Default: {value}." in help_text.partition(f"--{name} ")[2].partition("--")[0]
+        assert f"| `--{name}` {placeholder} | {value} |" in manual
 
 
 def test_record_and_replay(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

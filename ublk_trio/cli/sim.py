@@ -110,11 +110,12 @@ def _options(seed: int | None, faults: str | None, kernel_version: str | None, s
         raise UsageError(f"--seed is {seed}: give 0 or more")
     if steps is not None and steps < 1:
         raise UsageError(f"--steps is {steps}: give 1 or more")
+    default = RunOptions()
     return RunOptions(
-        seed=seed or 0,
-        faults=parse_faults(faults if faults is not None else "all"),
-        kernel_version=parse_version(kernel_version if kernel_version is not None else "7.3"),
-        steps=steps if steps is not None else 300,
+        seed=default.seed if seed is None else seed,
+        faults=default.faults if faults is None else parse_faults(faults),
+        kernel_version=default.kernel_version if kernel_version is None else parse_version(kernel_version),
+        steps=default.steps if steps is None else steps,
     )
 
 

@@ -70,6 +70,31 @@ class _Operations:
         cpu: int | None = None,
         metadata: bytes | bytearray | memoryview | None = None,
     ) -> Bio:
+        """Start an operation without waiting for its end: the bio, which may be done already.
+
+        ``data_or_length`` is what a WRITE or ZONE_APPEND writes, and a length for every other operation. ``cpu`` is where the
+        application runs (default: one after the other). ``metadata`` goes with the data where the disk has integrity.
+        """
+        bio = self._bio(op, offset, data_or_length)
+        taker = self._taker(bio)
+        if isinstance(taker, int):
+            bio.finish(taker)
+            return bio
+        if metadata is not None:
+            bio.metadata = memoryview(metadata)
+        taker.submit(
+            bio,
+            fua=fua,
+            preflush=preflush,
+            no_unmap=no_unmap,
+            no_fallback=no_fallback,
+            cpu=cpu,
+            plug=self._plug,
+        )
+        return bio
+
+    def _taker(self, bio: Bio) -> SimDisk | int:
+        """The disk that takes the operation, or what it ends with at once."""
         raise NotImplementedError
 
     def _live_disk(self) -> SimDisk:
@@ -204,45 +229,12 @@ class SimBlockDevice(_Operations):
         """What the last scan found, by number."""
         return list(self._live_disk().partitions)
 
-    def submit(
-        self,
-        op: IoOp,
-        offset: int = 0,
-        data_or_length: int | bytes | bytearray | memoryview = 0,
-        *,
-        fua: bool = False,
-        preflush: bool = False,
-        no_unmap: bool = False,
-        no_fallback: bool = False,
-        cpu: int | None = None,
-        metadata: bytes | bytearray | memoryview | None = None,
-    ) -> Bio:
-        """Start an operation without waiting for its end: the bio, which may be done already.
-
-        ``data_or_length`` is what a WRITE or ZONE_APPEND writes, and a length for every other operation. ``cpu`` is where the
-        application runs (default: one after the other). ``metadata`` goes with the data where the disk has integrity.
-        """
-        bio = self._bio(op, offset, data_or_length)
+    def _taker(self, bio: Bio) -> SimDisk | int:
         disk = self._disk
         if disk is None:
-            bio.finish(-errno.EIO if self._was_there else -errno.ENXIO)
-            return bio
+            return -errno.EIO if self._was_there else -errno.ENXIO
         self._was_there = True
-        if metadata is not None:
-            bio.metadata = memoryview(metadata)
-        if op is IoOp.READ:
-            disk.submit(bio, cpu=cpu, plug=self._plug)
-            return bio
-        disk.submit(
-            bio,
-            fua=fua,
-            preflush=preflush,
-            no_unmap=no_unmap,
-            no_fallback=no_fallback,
-            cpu=cpu,
-            plug=self._plug,
-        )
-        return bio
+        return disk
 
     def open(self, *, read_only: bool = False, exclusive: bool = False) -> SimBlockFile:
         """Open it, as open(2) does with O_DIRECT, O_RDONLY or O_RDWR, and O_EXCL. Raises OSError: ENXIO, EBUSY."""
@@ -280,7 +272,8 @@ class SimBlockDevice(_Operations):
 class SimBlockFile(_Operations):
     """``/dev/ublkbN``, opened. Made by `SimBlockDevice.open`; a context manager that closes it.
 
-    Keeps the disk that it opened, even when that is removed and another started in its place.
+    Keeps the disk that it opened, even when that is removed and another started in its place. An operation ends with EBADF
+    once it is closed, and so does a change through a read-only opening.
     """
 
     def __init__(self, kernel: SimKernel, disk: SimDisk, path: str, *, read_only: bool, exclusive: bool) -> None:
@@ -323,41 +316,7 @@ class SimBlockFile(_Operations):
         disk = self._live_disk()
         return 0 if disk.dying else disk.size
 
-    def submit(
-        self,
-        op: IoOp,
-        offset: int = 0,
-        data_or_length: int | bytes | bytearray | memoryview = 0,
-        *,
-        fua: bool = False,
-        preflush: bool = False,
-        no_unmap: bool = False,
-        no_fallback: bool = False,
-        cpu: int | None = None,
-        metadata: bytes | bytearray | memoryview | None = None,
-    ) -> Bio:
-        """As `SimBlockDevice.submit`; EBADF once it is closed, and for changes through a read-only opening."""
-        bio = self._bio(op, offset, data_or_length)
-        disk = self._disk
-        refusal = self._refusal(bio)
-        if refusal is not None:
-            bio.finish(refusal)
-            return bio
-        if metadata is not None:
-            bio.metadata = memoryview(metadata)
-        disk.submit(
-            bio,
-            fua=fua,
-            preflush=preflush,
-            no_unmap=no_unmap,
-            no_fallback=no_fallback,
-            cpu=cpu,
-            plug=self._plug,
-        )
-        return bio
-
-    def _refusal(self, bio: Bio) -> int | None:
-        """What an operation ends with because of the opening, or because there is nothing left of the disk."""
+    def _taker(self, bio: Bio) -> SimDisk | int:
         disk, op = self._disk, bio.op
         if self._closed:
             return -errno.EBADF
@@ -366,7 +325,7 @@ class SimBlockFile(_Operations):
         if self.read_only and op not in (_READ, IoOp.FLUSH):
             return -errno.EBADF
         if not disk.dying:
-            return None
+            return disk
         if op == _READ:
             bio.length, bio.data = 0, bio.data[:0]
             return 0
