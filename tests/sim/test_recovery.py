@@ -10,7 +10,7 @@ from trio.testing import wait_all_tasks_blocked
 
 from tests.sim.mini import GET_DATA, Machine, RawQueue, Started, live, machine, opened
 from ublk_trio.errors import KernelError
-from ublk_trio.kernel_sim import Bio, DrawnChoices, SeededChoices, SimKernel
+from ublk_trio.kernel_sim import Bio, DrawnChoices, SeededChoices, SimKernel, SimulatedOopsError
 from ublk_trio.ring import pack_answer
 from ublk_trio.uapi import ControlCommand, DeviceState, Feature, IoCommand, IoOp
 
@@ -470,6 +470,25 @@ async def test_quiesce_for_an_update(version: tuple[int, int]) -> None:
         assert held.result == 512
     kernel.check()
     assert kernel.leftovers() == []
+
+
+@pytest.mark.parametrize("version", [(6, 16), (7, 3)])
+@pytest.mark.parametrize("flags", [R, R | FAIL_IO])
+@pytest.mark.parametrize("ended", [False, True])
+async def test_quiesce_of_a_server_that_has_only_fetched(version: tuple[int, int], flags: Feature, ended: bool) -> None:
+    """It ends the next server's commands, whose tags still count as fetched: the first request is the kernel's oops."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, depth=2, flags=flags | Feature.QUIESCE) as device:
+        kernel.crash_server(0)
+        await NextServer(m, device).open()
+        device.queue.fetch_all()
+        assert await m.command(QUIESCE) == 0
+        assert [event.result for event in device.queue.events()] == [-errno.ENODEV] * 2
+        if ended:
+            assert await m.command(END, data=kernel.server_pid) == 0
+        with pytest.raises(SimulatedOopsError, match="a request for a command that has ended"):
+            device.disk.submit(IoOp.READ, 0, 512)
+        kernel.devices.clear()  # there is no such machine any more
 
 
 async def test_quiesce_does_not_wait_for_an_idle_command() -> None:

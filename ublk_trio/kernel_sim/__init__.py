@@ -6,7 +6,7 @@ Each module says what it supports, what it rejects and where it differs from Lin
 """
 
 from ublk_trio.kernel_sim.block import Bio, SimBlockDevice, SimBlockFile
-from ublk_trio.kernel_sim.checks import SimulatorViolationError, Violation
+from ublk_trio.kernel_sim.checks import SimulatedOopsError, SimulatorViolationError, Violation
 from ublk_trio.kernel_sim.choices import (
     Choice,
     Choices,
@@ -37,6 +37,7 @@ __all__ = [
     "SimBlockDevice",
     "SimBlockFile",
     "SimKernel",
+    "SimulatedOopsError",
     "SimulatorViolationError",
     "Violation",
     "exhaust",

@@ -1,11 +1,13 @@
-"""Catching servers that break the contract in ways that a real kernel lets pass.
+"""Catching servers that break the contract in ways that a real kernel lets pass, or that would break the kernel.
 
 **Supported.** Two lists on the kernel: `violations` (the server is wrong) and `notes` (it waits for itself, or will).
 With ``paranoid`` the content of every buffer that the kernel owns is poison: a server that writes to it is found when
-the kernel gives it back, and one that reads it gets garbage.
+the kernel gives it back, and one that reads it gets garbage. `SimulatedOopsError` where the real driver would follow a null
+pointer.
 **Rejected.** Nothing: checks never change what a command returns.
-**Differs from Linux.** A real kernel leaves the buffers' content alone. Large buffers are poisoned at their first and
-last 4 KiB and over the bytes that the last request moved; damage elsewhere is not seen.
+**Differs from Linux.** An oops kills whoever met it, perhaps with locks held, and leaves the machine in a state that nobody
+can tell: here it is an exception, and the run should end. A real kernel leaves the buffers' content alone. Large buffers
+are poisoned at their first and last 4 KiB and over the bytes that the last request moved; damage elsewhere is not seen.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ class SimulatorViolationError(AssertionError):
     def __init__(self, violations: Sequence[Violation]) -> None:
         self.violations = tuple(violations)
         super().__init__("\n".join(str(violation) for violation in violations))
+
+
+class SimulatedOopsError(Exception):
+    """The real driver would crash here. Raised by whatever call made it happen: an application's, a command's or a ring's.
+
+    Nothing that the simulated kernel does afterwards means anything.
+    """
 
 
 @attrs.frozen(kw_only=True)

@@ -5,6 +5,10 @@ before 7.0 and later ones have them. **Rejected.** See the functions. **Differs 
 
 QUIESCE_DEV takes a time limit in ms, and means to wait so long for every queue to have an idle command; but what it
 counts is never there, in any release, so that it never waits. A limit whose lower 32 bits are 0 is over at once.
+
+A device that is not LIVE has nothing to quiesce, says the driver, and ends its idle commands all the same: those of a next
+server, too, that has fetched and not yet ended the recovery. The tags count as fetched, nothing is being cancelled, and so
+the next request follows the null pointer that is left of its tag's command: `checks.SimulatedOopsError`.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from ublk_trio.kernel_sim import checks, server_end
 from ublk_trio.kernel_sim.batch import BatchQueue
 from ublk_trio.kernel_sim.block.tags import HardwareQueue
+from ublk_trio.kernel_sim.checks import SimulatedOopsError
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.registered import RequestBuffer
 from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
@@ -141,6 +142,10 @@ class SimQueue(HardwareQueue):
         if not self.delivering:
             self._turn_away(request)
             return
+        if tag.flags == ACTIVE | CANCELED:
+            raise SimulatedOopsError(
+                f"queue {self.queue_id}: a request for a command that has ended: {request} on {tag!r}"
+            )
         assert tag.flags == ACTIVE, f"queue {self.queue_id}: a free tag is not fetched: {tag!r}"
         assert tag.ring is not None
         tag.request = request
