@@ -161,16 +161,18 @@ def test_get_data_of_a_shared_write() -> None:
 
 
 def test_registering_waits_until_the_disk_is_idle() -> None:
-    """REG_BUF and UNREG_BUF of a live device are held while requests are unanswered."""
+    """REG_BUF and UNREG_BUF of a live device are held while requests are unanswered; what comes meanwhile waits for them."""
     server = shared_server()
     address = server.process.memory.map(PAGE)
     server.disk.submit(IoOp.READ, 0, 512)
     tag = server.delivered().user_data
     assert reg_buf(server.control, address, PAGE) is None
+    after = server.disk.submit(IoOp.READ, 0, 512)
+    assert server.ring.reap() == []
     server.commit(tag, 512)
     assert [cqe.result for cqe in server.control.ring.reap()] == [0]
-    server.disk.submit(IoOp.READ, 0, 512)
     tag = server.delivered().user_data
+    assert not after.done
     assert unreg_buf(server.control, 0) is None
     server.commit(tag, 512)
     assert [cqe.result for cqe in server.control.ring.reap()] == [0]

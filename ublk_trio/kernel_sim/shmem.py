@@ -1,12 +1,16 @@
 """Shared memory that a server registers for a device: requests whose data lies in it are delivered without a copy (7.1).
 
-**Supported.** REG_BUF and UNREG_BUF with their checks; delivery with SHMEM_ZC and the place in the buffer for requests that
-lie in one whole, from then on until UNREG_BUF, whoever serves the device.
+**Supported.** REG_BUF and UNREG_BUF with their checks, while the disk is frozen: they wait until it is idle, and what comes
+meanwhile waits for them. From REG_BUF until UNREG_BUF, whoever serves the device and however it moves data, a request
+whose data lies whole in one buffer is delivered with SHMEM_ZC and the place in the buffer. Nothing of it is copied, and any
+result above 0 is all of a READ. A WRITE is announced all the same where NEED_GET_DATA is on; then its descriptor has the
+address that the command brought. Other requests are delivered as ever: those in two buffers or in part outside, a
+READ into a read-only buffer, a WRITE of a constant, and all without data.
 **Rejected.** EOPNOTSUPP without the feature. REG_BUF: EFAULT for memory that is not mapped; EINVAL for unknown flags, for
 reserved bits, for a length of nothing, above 4 GiB or not of whole pages, for an address within a page; ENOSPC for
 the 65537th; EEXIST when some of it is registered. UNREG_BUF: EINVAL for an index that cannot be, ENOENT for one that is not.
-**Differs from Linux.** Both commands wait until the disk is idle, but do not keep new operations out meanwhile. A
-process' mapping lies in one piece, and so does an operation's memory, so that an index stands for one range.
+**Differs from Linux.** A process' mapping lies in one piece, and so does an operation's memory, so that an index stands for
+one range. A report of zones does not wait while the disk is frozen.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from ublk_trio.kernel_sim.waits import Steps, Wait
+from ublk_trio.kernel_sim.waits import Steps
 from ublk_trio.uapi import Feature, IoOp, ShmemBufFlag, ShmemBufReg, shmem_zc_addr
 
 if TYPE_CHECKING:
@@ -99,9 +103,9 @@ def register(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
     view = call.memory.view(address, length) if call.memory is not None else None
     if view is None:
         return -errno.EFAULT
-    yield from _lock_idle(device)
+    yield from _freeze(device)
     index = device.shmem.add(view, read_only=bool(flags))
-    device.mutex.unlock()
+    _unfreeze(device)
     return index
 
 
@@ -112,16 +116,21 @@ def unregister(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
     index = call.pid  # an int, like a pid
     if not 0 <= index < _BUFFERS_MAX:
         return -errno.EINVAL
-    yield from _lock_idle(device)
+    yield from _freeze(device)
     result = device.shmem.remove(index)
-    device.mutex.unlock()
+    _unfreeze(device)
     return result
 
 
-def _lock_idle(device: SimDevice) -> Steps:
-    """Take the mutex and wait until no operation is under way."""
+def _freeze(device: SimDevice) -> Steps:
+    """Take the mutex, let nothing new into the disk, and wait until no operation is under way."""
     yield from device.mutex.lock()
-    disk = device.disk
-    if disk is not None:
-        yield Wait(f"{len(disk.bios)} operations on {device.kernel.disk_path(device.dev_id)}", lambda: not disk.bios)
+    if device.disk is not None:
+        yield from device.disk.freeze()
     return 0
+
+
+def _unfreeze(device: SimDevice) -> None:
+    if device.disk is not None:
+        device.disk.unfreeze()
+    device.mutex.unlock()
