@@ -180,12 +180,13 @@ async def opened(
     params: Params | None = None,
     queues: int = 1,
     depth: int = 4,
+    max_io_bytes: int = 64 << 10,
     flags: Feature = Feature(0),  # noqa: B008
     buffers: int | None = None,
     dev_id: int = ANY_DEVICE_ID,
 ) -> AsyncIterator[Started]:
     """A device that is added, has its parameters and open rings; its tags are not fetched. Taken down at the end."""
-    info = await machine.add(dev_id, queues=queues, depth=depth, flags=flags)
+    info = await machine.add(dev_id, queues=queues, depth=depth, max_io_bytes=max_io_bytes, flags=flags)
     assert await machine.set_params(info.dev_id, params if params is not None else basic_params()) == 0
     kernel = machine.kernel
     char = await kernel.open_char_device(info, ioctl_encoded=True)
@@ -210,6 +211,7 @@ async def live(
     params: Params | None = None,
     queues: int = 1,
     depth: int = 4,
+    max_io_bytes: int = 64 << 10,
     flags: Feature = Feature(0),  # noqa: B008
     buffers: int | None = None,
     dev_id: int = ANY_DEVICE_ID,
@@ -217,7 +219,14 @@ async def live(
     """As `opened`, and started. The kernel must have been made with ``partition_scan=False``: nobody would answer it."""
     assert not machine.kernel.partition_scan
     async with opened(
-        machine, params=params, queues=queues, depth=depth, flags=flags, buffers=buffers, dev_id=dev_id
+        machine,
+        params=params,
+        queues=queues,
+        depth=depth,
+        max_io_bytes=max_io_bytes,
+        flags=flags,
+        buffers=buffers,
+        dev_id=dev_id,
     ) as device:
         for queue in device.queues:
             queue.fetch_all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import attrs
 import pytest
@@ -40,6 +41,17 @@ async def answering(params: Params) -> AsyncIterator[Started]:
     kernel = SimKernel(partition_scan=False)
     async with machine(kernel) as m, live(m, params=params, depth=64) as device:
         yield device
+
+
+@asynccontextmanager
+async def writing_zeroes(params: Params) -> AsyncIterator[Started]:
+    """As `answering`, with buffers as large as the largest request."""
+    kernel = SimKernel(partition_scan=False, paranoid=False)
+    assert params.basic is not None
+    async with machine(kernel) as m:
+        largest = params.basic.max_sectors * 512
+        async with live(m, params=params, depth=8, max_io_bytes=largest) as device:
+            yield device
 
 
 def places(device: Started) -> list[tuple[IoOp, int, int]]:
@@ -204,12 +216,33 @@ async def test_write_zeroes_is_cut_at_its_own_limit() -> None:
 
 
 async def test_zeroes_are_written_a_mebibyte_at_a_time() -> None:
-    """Without an offer the writes end at each MiB from the beginning, whatever the limit."""
+    """Without an offer each MiB from the beginning is a bio; its last request may be merged with the next bio."""
     params = basic_params(size=4 * MIB, max_sectors=1536)
     found = limits(basic=params.basic)
     assert list(split.zero_pages(found, 0, 2 * MIB)) == [
-        (0, 768 * KIB),
-        (768 * KIB, 256 * KIB),
-        (1024 * KIB, 768 * KIB),
-        (1792 * KIB, 256 * KIB),
+        (0, 768 * KIB, True),
+        (768 * KIB, 256 * KIB, False),
+        (1024 * KIB, 768 * KIB, True),
+        (1792 * KIB, 256 * KIB, False),
     ]
+    async with writing_zeroes(params) as device:
+        device.disk.submit(WRITE_ZEROES, 0, 2 * MIB + 512)
+        # The rest of 512 bytes is merged with the end of the second bio: what is cut off a bio is merged with nothing.
+        sectors = [0, 1536, 2048, 3584, 4097]
+        assert places(device) == [(WRITE, begin, end - begin) for begin, end in pairwise(sectors)]
+
+
+@pytest.mark.parametrize(
+    ("max_mib", "length_mib", "requests"), [(2, 5, [2, 2, 1]), (4, 4, [4]), (1, 2, [1, 1]), (3, 4, [3, 1])]
+)
+async def test_zeroes_of_one_call_are_merged(max_mib: int, length_mib: int, requests: list[int]) -> None:
+    """The bios of a BLKZEROOUT become one request again, up to the largest."""
+    async with writing_zeroes(basic_params(size=8 * MIB, max_sectors=max_mib * MIB // 512)) as device:
+        bio = device.disk.submit(WRITE_ZEROES, 0, length_mib * MIB)
+        events = device.queue.events()
+        assert [event.length // MIB for event in events] == requests
+        for event in events:
+            assert event.op is WRITE
+            assert not any(device.queue.buffer(event.tag))
+            device.queue.commit(event.tag, event.length)
+        assert bio.result == length_mib * MIB

@@ -206,6 +206,20 @@ async def test_one_write_to_a_zone_at_a_time() -> None:
         assert device.queue.event().start_sector == ZONE + 2
 
 
+@pytest.mark.parametrize("op", [WRITE, IoOp.WRITE_ZEROES])
+async def test_what_is_held_back_goes_to_a_zone_one_at_a_time(op: IoOp) -> None:
+    """A plug changes nothing, neither an application's nor that of the zeroes of one call."""
+    async with answering(params=zoned_params(max_sectors=16)) as device:
+        with device.disk.plugged():
+            what = 32 * 512 if op is IoOp.WRITE_ZEROES else bytes(32 * 512)
+            bio = device.disk.submit(op, 0, what)
+        for sector in (0, 16):
+            event = device.queue.event()
+            assert (event.op, event.start_sector, event.nr_sectors) == (WRITE, sector, 16)
+            device.queue.commit(event.tag, event.length)
+        assert bio.result == 32 * 512
+
+
 async def test_reporting_to_an_application() -> None:
     """BLKREPORTZONE gets the server's own words, from the zone of the sector on."""
     zones = [attrs.evolve(zone(number), wp=number * ZONE + number) for number in range(4)]

@@ -162,11 +162,7 @@ class SimDisk:
                 for offset, length, cut_off in split.discards(limits, bio.offset, bio.length)
             ]
             bio.expect(len(requests), lambda error: self._is_not_supported(bio, error))
-            # The bios of one call are held back together, so those that touch become one request again.
-            held = Plug(queue) if plug is None else plug
-            self._send(queue, requests, held)
-            if plug is None:
-                held.let_go()
+            self._send_together(queue, requests, plug)
         elif op == _WRITE_ZEROES:
             self._write_zeroes(queue, bio, no_unmap=no_unmap, no_fallback=no_fallback)
         elif op == _APPEND:
@@ -284,12 +280,12 @@ class SimDisk:
 
     def _write_pages_of_zeroes(self, queue: HardwareQueue, bio: Bio) -> None:
         requests: list[Request] = []
-        for offset, length in split.zero_pages(self.limits, bio.offset, bio.length):
+        for offset, length, cut_off in split.zero_pages(self.limits, bio.offset, bio.length):
             metadata = memoryview(bytes(self.limits.metadata_of(length))) or None
-            zeroes = self._zero_view(length)
-            requests.append(Piece(bio, _WRITE, offset >> SECTOR_SHIFT, length, zeroes, metadata=metadata))
+            sector, zeroes = offset >> SECTOR_SHIFT, self._zero_view(length)
+            requests.append(Piece(bio, _WRITE, sector, length, zeroes, metadata=metadata, no_merge=cut_off))
         bio.expect(len(requests))
-        self._send(queue, requests, None)
+        self._send_together(queue, requests, None)
 
     def _append(self, queue: HardwareQueue, bio: Bio) -> None:
         sector = bio.offset >> SECTOR_SHIFT
@@ -336,12 +332,19 @@ class SimDisk:
 
     def _send(self, queue: HardwareQueue, requests: list[Request], plug: Plug | None) -> None:
         for request in requests:
-            if plug is not None and not request.keeps_tag:
-                plug.add(request)
-            elif self.zones is not None and self._is_zone_write(request):
+            if self.zones is not None and self._is_zone_write(request):
                 self.zones.write(queue, ZoneWrite(request, zones=self.zones))
+            elif plug is not None and not request.keeps_tag:
+                plug.add(request)
             else:
                 queue.submit(request)
+
+    def _send_together(self, queue: HardwareQueue, requests: list[Request], plug: Plug | None) -> None:
+        """The bios of one call: held back together, so that those that touch become one request again."""
+        held = Plug(queue) if plug is None else plug
+        self._send(queue, requests, held)
+        if plug is None:
+            held.let_go()
 
     def _is_zone_write(self, request: Request) -> bool:
         assert self.zones is not None

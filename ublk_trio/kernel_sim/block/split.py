@@ -1,11 +1,12 @@
 """Where an operation is cut into requests.
 
 **Supported.** Reads and writes at the largest request and at chunks, the cut moved down to a physical block's boundary
-where there is one; discards at their limit and their granularity (the bios of one call are merged again where one request
-may hold them); write-zeroes at their limit, and then as writes are; zeroes that are written where zeroing is not offered,
-a MiB at a time.
+where there is one; discards at their limit and their granularity; write-zeroes at their limit, and then as writes are; zeroes
+that are written where zeroing is not offered, a MiB at a time. The bios of one discard, or of one call's zeroes, are merged
+again where one request may hold them: not what was cut off its bio.
 **Rejected.** Nothing. **Differs from Linux.** A direct write of more than 256 pages is several bios there; here, as
-there, it is cut at the same places unless the largest request is longer than that.
+there, it is cut at the same places unless the largest request is longer than that. Linux 7.3 may have been built with a
+page of zeroes of 2 MiB, which makes the bios of zeroes longer.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _ZERO_PAGES_BYTES: Final = 1 << 20
 
 #: Offset and length in bytes.
 Piece = tuple[int, int]
+#: The same, and whether it was cut off its bio, so that nothing is merged with it.
+CutPiece = tuple[int, int, bool]
 
 
 def reads_and_writes(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
@@ -30,10 +33,11 @@ def reads_and_writes(limits: Limits, offset: int, length: int) -> Iterator[Piece
     return _at_limits(limits, offset, length, limits.max_request)
 
 
-def zero_pages(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
+def zero_pages(limits: Limits, offset: int, length: int) -> Iterator[CutPiece]:
     """The writes of zeroes where nothing better is offered."""
     for start, bio_length in _bios(offset, length, _ZERO_PAGES_BYTES):
-        yield from reads_and_writes(limits, start, bio_length)
+        for piece, piece_length in reads_and_writes(limits, start, bio_length):
+            yield piece, piece_length, piece + piece_length < start + bio_length
 
 
 def write_zeroes(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
@@ -42,8 +46,8 @@ def write_zeroes(limits: Limits, offset: int, length: int) -> Iterator[Piece]:
         yield from _at_limits(limits, start, bio_length, limits.max_write_zeroes)
 
 
-def discards(limits: Limits, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
-    """The requests of a discard, each with whether it was cut off its bio, so that nothing is merged with it.
+def discards(limits: Limits, offset: int, length: int) -> Iterator[CutPiece]:
+    """The requests of a discard.
 
     The first bio ends where the granularity is met, later ones are whole multiples.
     """
@@ -57,7 +61,7 @@ def discards(limits: Limits, offset: int, length: int) -> Iterator[tuple[int, in
         offset += bio_length
 
 
-def _discard_bio(limits: Limits, offset: int, length: int, largest: int) -> Iterator[tuple[int, int, bool]]:
+def _discard_bio(limits: Limits, offset: int, length: int, largest: int) -> Iterator[CutPiece]:
     granularity = limits.discard_granularity
     while largest and length > largest:
         piece = largest
