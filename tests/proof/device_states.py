@@ -167,7 +167,7 @@ class _Machine:
         if self.opened is not None:
             self.close_disk()
         elif disk.exists:
-            self.opened = disk.opened()
+            self.opened = disk.open()
 
     def close_disk(self) -> None:
         if self.opened is not None:

@@ -251,7 +251,7 @@ async def test_params_are_fixed_while_there_is_a_disk() -> None:
     kernel = SimKernel(partition_scan=False)
     async with machine(kernel) as m, live(m) as device:
         assert await m.set_params(0, basic_params()) == -errno.EACCES
-        with device.disk.opened():
+        with device.disk.open():
             await m.stop()
             assert await m.set_params(0, basic_params()) == -errno.EACCES
         assert await m.set_params(0, basic_params()) == 0
@@ -373,7 +373,7 @@ async def test_try_stop() -> None:
     """TRY_STOP_DEV leaves a disk alone that somebody has open."""
     kernel = SimKernel(partition_scan=False)
     async with machine(kernel) as m, live(m) as device:
-        with device.disk.opened():
+        with device.disk.open():
             assert await m.command(ControlCommand.TRY_STOP_DEV) == -errno.EBUSY
         assert await m.command(ControlCommand.TRY_STOP_DEV) == 0
         assert await m.command(ControlCommand.TRY_STOP_DEV) == -errno.ENODEV

@@ -208,7 +208,7 @@ async def test_delete_waits_for_the_disks_openers() -> None:
     """A mounted disk keeps its deleted device's id."""
     kernel = SimKernel(partition_scan=False)
     async with machine(kernel) as m, live(m) as device, trio.open_nursery() as nursery:
-        with device.disk.opened():
+        with device.disk.open():
             delete = await send(nursery, m, DEL)
             device.close()
             await wait_all_tasks_blocked()

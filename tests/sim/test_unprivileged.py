@@ -9,9 +9,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.sim.mini import RawQueue, basic_params, machine
+from tests.sim.mini import RawQueue, basic_params, live, machine
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.call import Identity
 from ublk_trio.kernel_sim.char_device import Node
 from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.ring import SimControlRing
@@ -277,16 +278,49 @@ async def test_users_keep_out_of_roots_devices() -> None:
             assert await user.result(command) == -errno.EPERM
 
 
-async def test_a_disk_that_is_being_stopped_is_for_root() -> None:
-    """After TRY_STOP_DEV an ordinary user finds no disk to open: ENXIO."""
+def open_result(kernel: SimKernel, caller: Identity | None = None) -> int:
+    """0, or the errno with which open(2) of the disk fails."""
+    try:
+        kernel.block_device(0).open(caller=caller).close()
+    except OSError as error:
+        return -(error.errno or 0)
+    return 0
+
+
+async def test_a_users_disk_is_for_its_owner_and_root() -> None:
+    """Nobody else may open it, EPERM, were its node open to all. Root's disk is for everybody."""
     kernel = SimKernel(privileged=False)
     async with kernel.open_control() as control:
         user = User(kernel, control)
         await user.live()
+        callers = [
+            Identity(pid=1, uid=uid, gid=gid, privileged=privileged)
+            for uid, gid, privileged in ((1000, 1000, False), (1001, 1000, False), (1000, 1001, False), (0, 0, True))
+        ]
+        assert [open_result(kernel, caller) for caller in callers] == [0, -errno.EPERM, -errno.EPERM, 0]
+        assert open_result(kernel) == 0
+        kernel.crash_server(0)
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, live(m):
+        assert [open_result(kernel, caller) for caller in callers] == [0] * 4
+
+
+async def test_a_device_that_was_stopped_by_try_stop_is_for_root() -> None:
+    """After TRY_STOP_DEV an ordinary user finds no disk to open, ENXIO, not even that of the device's next server."""
+    kernel = SimKernel(privileged=False)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
         assert await user.result(ControlCommand.TRY_STOP_DEV) == 0
-        assert user.device.open_disk(kernel.identity) == -errno.ENXIO
+        queue.ring.close()
+        user.char.close()
+        queue = await user.open()
+        queue.fetch_all()
+        assert await user.result(ControlCommand.START_DEV, data=kernel.server_pid) == 0
+        assert kernel.block_device(0).exists
+        assert open_result(kernel) == -errno.ENXIO
         kernel.privileged = True
-        assert user.device.open_disk(kernel.identity) == 0
+        assert open_result(kernel) == 0
         kernel.crash_server(0)
 
 

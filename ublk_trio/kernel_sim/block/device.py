@@ -4,10 +4,11 @@
 follows held back in a plug; opening, read-only and exclusively; reading the partition table again; what is left of a
 removed disk for those who have it open: its end is at 0.
 **Rejected.** Opening what is not there or is being removed ENXIO, exclusively what is held exclusively EBUSY; writing
-through a read-only opening EBADF; all that `disk` refuses. ENXIO where there never was a disk.
+through a read-only opening EBADF; all that `disk` refuses. ENXIO where there never was a disk. Opening an ordinary user's
+disk as another one EPERM, and as anybody but root after TRY_STOP_DEV ENXIO.
 **Differs from Linux.** Operations on a `SimBlockDevice` itself need no opening, count as none, and end with EIO where the
 disk is gone: as if the removal had come between the check of the disk's size and the operation. Opening does not wait
-for a partition scan. One user, who may do all.
+for a partition scan. The device node's own owner and mode let everybody in.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block.disk import SimDisk
     from ublk_trio.kernel_sim.block.merge import Plug
     from ublk_trio.kernel_sim.block.partitions import Partition
+    from ublk_trio.kernel_sim.call import Caller
     from ublk_trio.kernel_sim.control import Steps
     from ublk_trio.kernel_sim.kernel import SimKernel
 
@@ -236,16 +238,22 @@ class SimBlockDevice(_Operations):
         self._was_there = True
         return disk
 
-    def open(self, *, read_only: bool = False, exclusive: bool = False) -> SimBlockFile:
-        """Open it, as open(2) does with O_DIRECT, O_RDONLY or O_RDWR, and O_EXCL. Raises OSError: ENXIO, EBUSY."""
+    def open(self, *, read_only: bool = False, exclusive: bool = False, caller: Caller | None = None) -> SimBlockFile:
+        """Open it, as open(2) does with O_DIRECT, O_RDONLY or O_RDWR, and O_EXCL. While it is open, TRY_STOP_DEV fails and
+        DEL_DEV waits.
+
+        ``caller`` is the process that does (default: the kernel's own `SimKernel.identity`). Raises OSError: ENXIO, EBUSY, and
+        what the driver has against the caller: EPERM for another user's disk, ENXIO for one that TRY_STOP_DEV made root's.
+        """
         disk = self._disk
         if disk is None or disk.dying:
             raise self._error(-errno.ENXIO)
+        if exclusive and disk.holder is not None:
+            raise self._error(-errno.EBUSY)
+        refused = disk.device.open_disk(caller if caller is not None else self._kernel.identity)
+        if refused:
+            raise self._error(refused)
         return SimBlockFile(self._kernel, disk, self.path, read_only=read_only, exclusive=exclusive)
-
-    def opened(self) -> SimBlockFile:
-        """A context manager that keeps the disk open, as a mount does: TRY_STOP_DEV fails and DEL_DEV waits meanwhile."""
-        return SimBlockFile(self._kernel, self._live_disk(), self.path, read_only=False, exclusive=False)
 
     async def reread_partitions(self) -> None:
         """BLKRRPART. Raises OSError: EINVAL where scanning is suppressed, EBUSY while somebody holds the disk exclusively, EIO when
@@ -279,8 +287,6 @@ class SimBlockFile(_Operations):
     def __init__(self, kernel: SimKernel, disk: SimDisk, path: str, *, read_only: bool, exclusive: bool) -> None:
         super().__init__(kernel, path)
         if exclusive:
-            if disk.holder is not None:
-                raise self._error(-errno.EBUSY)
             disk.holder = self
         self.read_only = read_only
         self._disk = disk
