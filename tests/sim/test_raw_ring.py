@@ -44,6 +44,9 @@ def test_a_device_lives_and_dies_by_raw_commands() -> None:
     assert server.control.delete() is None
     server.char.close()
     assert [cqe.result for cqe in server.control.ring.reap()] == [0]
+    # The server's own ring, and that of its control commands.
+    assert kernel.leftovers() == [f"open raw ring of {ring.task!r}" for ring in (server.control.ring, server.ring)]
+    server.process.exit()
     assert kernel.leftovers() == []
 
 

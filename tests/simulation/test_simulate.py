@@ -19,6 +19,7 @@ from ublk_trio.handlers import Handlers
 from ublk_trio.kernel_sim import Bio, KernelVersion, RecordedChoices, SeededChoices
 from ublk_trio.kernel_sim.faults import BY_NAME
 from ublk_trio.kernel_sim.faults import FAULTS as OF_THE_TABLE
+from ublk_trio.kernel_sim.uring import RING_CHOICES
 from ublk_trio.queue import Queue
 from ublk_trio.simulation import FAULTS, Report, RunOptions, parse_faults, simulate
 from ublk_trio.simulation.clock import HangError, VirtualClock
@@ -96,11 +97,10 @@ def questions_of(module: Path) -> Iterator[str]:
 
 
 def test_every_decision_is_known() -> None:
-    """What the kernel and Trio decide is either a fault's question or one that a run has free or calm, and all of these are asked."""
-    # The raw rings ask questions of their own, but a run's engine has none of them.
-    modules = [path for path in Path(kernel_sim.__path__[0]).rglob("*.py") if path.name != "uring.py"]
-    asked = {what for module in modules for what in questions_of(module)}
-    assert asked - {what for fault in OF_THE_TABLE for what in fault.choices} == set(DECISIONS)
+    """What the kernel and Trio decide is a fault's question, one of raw rings, which no run has, or one that a run has free or calm."""
+    asked = {what for module in Path(kernel_sim.__path__[0]).rglob("*.py") for what in questions_of(module)}
+    assert set(RING_CHOICES) <= asked
+    assert asked - set(RING_CHOICES) - {what for fault in OF_THE_TABLE for what in fault.choices} == set(DECISIONS)
 
 
 # ---------------------------------------------------------------------- planted bugs

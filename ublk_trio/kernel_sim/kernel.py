@@ -17,6 +17,7 @@ import os
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -35,6 +36,9 @@ from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
 from ublk_trio.kernel_sim.waits import Held, SimMutex, Steps
 from ublk_trio.uapi import DevInfo, Feature
+
+if TYPE_CHECKING:
+    from ublk_trio.kernel_sim.uring import SimUring
 
 _PAGE_SIZE = 4096
 #: Above Linux's highest pid, and so never the server's of the engine.
@@ -99,6 +103,8 @@ class SimKernel:
         #: Serialises ADD_DEV and DEL_DEV of all devices.
         self.devices_mutex = SimMutex("of all devices")
         self.control_rings: list[SimControlRing] = []
+        #: Those of all processes.
+        self.raw_rings: list[SimUring] = []
         self._held: list[Held] = []
         self._dropped: deque[Callable[[], None]] = deque()
         self._settling = False
@@ -180,6 +186,7 @@ class SimKernel:
         """Names everything that a clean server would have left behind nothing of."""
         found = [f"held command: {held}" for held in self.held_commands()]
         found += ["open control ring"] * len(self.control_rings)
+        found += [f"open {ring}" for ring in self.raw_rings]
         for dev_id, device in sorted(self.devices.items()):
             found.append(f"device {dev_id}: {device.info.state.name}")
             if device.char is not None:

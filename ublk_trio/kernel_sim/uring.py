@@ -169,6 +169,7 @@ class SimUring:
         self._came_back_empty = False
         self._woke_for_nothing = False
         task.process.rings.append(self)
+        self.kernel.raw_rings.append(self)
 
     def __str__(self) -> str:
         return f"raw ring of {self.task!r}"
@@ -495,6 +496,7 @@ class SimUring:
             return
         self.closed = True
         self.task.process.rings.remove(self)
+        self.kernel.raw_rings.remove(self)
         self._lot.unpark_all()
         self._work.clear()
         self._later.clear()
