@@ -5,6 +5,9 @@ was refused, what the errno means for this command, and how to mend it.
 
 Opcodes come in two encodings: plain numbers, and ioctl style since Linux 6.4; a kernel can be built without the
 former. GET_FEATURES (6.5) exists only in the latter, so its answer decides.
+
+Facts about DEL_DEV: it takes a mutex killably, removes the device, and then waits interruptibly for its last user. Only a
+process that is being killed can be interrupted before the removal; so whoever lives to see EINTR has removed the device.
 """
 
 from __future__ import annotations
@@ -12,17 +15,19 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import attrs
 import trio
 
 from ublk_trio.errors import ENOTSUPP, KernelError, errno_text
 from ublk_trio.ring import ControlRing, Kernel
-from ublk_trio.uapi import ANY_DEVICE_ID, FEATURES_LEN, ControlCommand, DevInfo, Feature, Params
+from ublk_trio.uapi import ANY_DEVICE_ID, FEATURES_LEN, ControlCommand, DeviceState, DevInfo, Feature, Params
 
 #: What a driver answers to a command that it does not know. Before Linux 6.14 it was ENOTSUPP, the kernel's own.
 UNKNOWN_COMMAND = frozenset({errno.EOPNOTSUPP, ENOTSUPP})
+#: Between two looks at a device that is to go.
+_LOOK_SECONDS = 0.02
 _GONE = "there is no such device; `ublk-trio list` shows which there are"
 _UNKNOWN = "this kernel's ublk driver does not know the command"
 _NOT_ALLOWED = "the kernel lets only root (CAP_SYS_ADMIN) do that"
@@ -47,7 +52,6 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (ControlCommand.START_USER_RECOVERY, errno.EBUSY): "it still has a server, or is not waiting for one",
     (ControlCommand.END_USER_RECOVERY, errno.EINTR): "it was stopped while it was being taken over",
     (ControlCommand.END_USER_RECOVERY, errno.EBUSY): "it was stopped, or another server took it over",
-    (ControlCommand.DEL_DEV, errno.EINTR): "interrupted while somebody still had the device open",
 }
 
 
@@ -131,8 +135,25 @@ class Control:
         await self._submit(ControlCommand.STOP_DEV, dev_id)
 
     async def delete_device(self, dev_id: int) -> None:
-        """DEL_DEV. The kernel holds it until the char device and the disk are closed by everybody."""
-        await self._submit(ControlCommand.DEL_DEV, dev_id)
+        """DEL_DEV. The kernel holds it until the char device and the disk are closed by everybody.
+
+        A signal ends only that wait (EINTR): the device is removed, and goes with its last user. So it is not asked again: at any
+        moment the id may be another device's. What is left of the wait is to look until the id is free, or in use again.
+        """
+        try:
+            await self._submit(ControlCommand.DEL_DEV, dev_id)
+        except KernelError as error:
+            if error.errno != errno.EINTR:
+                raise
+            await self._wait_until_gone(dev_id)
+
+    async def _wait_until_gone(self, dev_id: int) -> None:
+        """A removed device is DEAD until its id is free. One that is not is another's; so is one that we may not ask about."""
+        with suppress(KernelError):  # ENODEV; EINVAL on Linux 6.0
+            info = await self.device_info(dev_id)
+            while info.state is DeviceState.DEAD:
+                await trio.sleep(_LOOK_SECONDS)
+                info = await self.device_info(dev_id)
 
     async def delete_device_async(self, dev_id: int) -> bool:
         """DEL_DEV_ASYNC: the same without the wait. False if this kernel does not know it (before 6.9)."""

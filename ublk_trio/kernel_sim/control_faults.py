@@ -46,6 +46,7 @@ _STRUCK_BY: Mapping[str, str] = MappingProxyType(
     {
         "ADD_DEV lock": "interrupted",
         "ADD_DEV allocate": "no-memory",
+        "DEL_DEV wait": "interrupted",
         "START_DEV wait": "interrupted",
         "START_DEV allocate": "no-memory",
     }

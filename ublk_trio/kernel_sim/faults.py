@@ -105,8 +105,9 @@ FAULTS: tuple[Fault, ...] = (
     Fault(
         name="interrupted",
         layer=Layer.COMMANDS,
-        happens="ADD_DEV, or START_DEV while it waits for the queues, fails with EINTR and has done nothing",
-        permitted="they sleep interruptibly (START_DEV) or killably (ADD_DEV), in a task that may get a signal",
+        happens="EINTR: ADD_DEV, or START_DEV while it waits for the queues, has done nothing; DEL_DEV has removed the "
+        "device and does not wait for its last user",
+        permitted="they sleep interruptibly (START_DEV, DEL_DEV) or killably (ADD_DEV), in a task that may get a signal",
         choices=("interrupted",),
     ),
     Fault(
