@@ -165,6 +165,24 @@ async def test_stop_waits_for_what_is_in_flight() -> None:
     kernel.check()
 
 
+async def test_a_fetch_during_a_stop_is_noted() -> None:
+    """FETCH_REQ while STOP_DEV holds the device: on 7.3 both may sleep for ever, and `notes` says so; on 6.12 it is refused."""
+    for version, noted in (((7, 3), True), ((6, 12), False)):
+        kernel = SimKernel(version=version, partition_scan=False)
+        async with machine(kernel) as m, live(m, depth=2) as device, trio.open_nursery() as nursery:
+            device.disk.submit(IoOp.READ, 0, 512)
+            event = device.queue.event()
+            device.queue.ring.commit([pack_answer(IoCommand.FETCH_REQ, event.tag)])
+            assert kernel.notes == []
+            stop = await send(nursery, m, STOP)
+            device.queue.ring.commit([pack_answer(IoCommand.FETCH_REQ, event.tag)])
+            assert any("FETCH_REQ waits for the control command" in note for note in kernel.notes) == noted
+            device.queue.events()
+            device.queue.commit(event.tag, 512)
+            await wait_all_tasks_blocked()
+            assert stop.result == 0
+
+
 async def test_requests_that_wait_for_a_tag_are_served_before_a_stop_ends() -> None:
     """What was accepted before STOP_DEV is answered, tag or no tag."""
     kernel = SimKernel(partition_scan=False)

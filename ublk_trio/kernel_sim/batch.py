@@ -100,6 +100,7 @@ def prepare(queue: SimQueue, commands: BatchCommands, io: BatchIo, address: int)
     data = commands.memory.view(address, io.nr_elem * io.elem_bytes) if io.nr_elem else memoryview(b"")
     if data is None:
         return -errno.EFAULT
+    queue.note_wait("PREP_IO_CMDS")
     elements = list(_elements(queue, io, data))
     seen: set[int] = set()
     fetched_before = queue.fetched

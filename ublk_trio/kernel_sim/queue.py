@@ -5,11 +5,11 @@ order of the release; the rules for addresses and tasks; AUTO_BUF_REG; requests 
 any more; the rest of a short READ delivered again before all others; ABORT;
 requests that fail, are held or are reissued when the server goes.
 **Rejected.** EINVAL, EBUSY, ENODEV, EOPNOTSUPP as the checks have it; an unknown number, batch commands among them: EINVAL.
-**Differs from Linux.** A command never blocks: FETCH does not wait for a STOP_DEV that holds the device.
-The data of a WRITE
-is copied to the server when it reaps the completion: the latest moment that Linux allows. A word for AUTO_BUF_REG that
-is wrong is refused before anything happens, as since 7.0. To 6.15 each request is delivered in the task of its own tag's
-command, where Linux may deliver several in the first one's.
+**Differs from Linux.** A command never blocks: FETCH_REQ and PREP_IO_CMDS do not wait for a control command that holds the
+device, as they do on 7.3. Where that command is a STOP_DEV that waits for the same task, neither ever ends on Linux, and no
+signal helps: `SimKernel.notes` says so. The data of a WRITE is copied to the server when it reaps the completion: the latest
+moment that Linux allows. A word for AUTO_BUF_REG that is wrong is refused before anything happens, as since 7.0. To 6.15
+each request is delivered in the task of its own tag's command, where Linux may deliver several in the first one's.
 """
 
 from __future__ import annotations
@@ -172,6 +172,7 @@ class SimQueue(HardwareQueue):
             return -errno.EINVAL
         tag = self.tags[tag_number]
         if command == _FETCH_REQ:
+            self.note_wait("FETCH_REQ")
             return self._address_refused(address, auto_buffer) or self.fetch(ring, tag, address, auto_buffer)
         if tag.task != ring.task:
             return self.register(ring, tag, address) if command == _REGISTER_IO_BUF else -errno.EINVAL
@@ -228,6 +229,15 @@ class SimQueue(HardwareQueue):
     def _auto_buffer_refused(self, auto_buffer: int) -> bool:
         """Whether the word has bits that mean nothing: all above the index but FALLBACK."""
         return self.auto_buf_reg and bool(auto_buffer >> 16 & ~_AUTO_FALLBACK)
+
+    def note_wait(self, command: str) -> None:
+        """On Linux the command sleeps now, not interruptibly, until the control command that holds the device is through."""
+        device = self.device
+        if device.mutex.locked:
+            device.kernel.notes.append(
+                f"{command} waits for the control command that holds device {device.dev_id}; "
+                "if that waits for the same task, neither ever ends"
+            )
 
     def fetch(self, ring: CommandRing, tag: SimTag, address: int, auto_buffer: int) -> int:
         """FETCH_REQ behind the address rules: 0 when it is pending, else a negative errno."""
