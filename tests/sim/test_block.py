@@ -55,6 +55,18 @@ async def test_data_round_trip() -> None:
         assert device.data[512 * 3 : 512 * 502] == data[: 512 * 499]
 
 
+async def test_read_into_memory_of_the_caller() -> None:
+    """A READ fills the memory that it is given, and nothing beyond what it moved."""
+    async with answering() as device:
+        memory = bytearray(b"\xee" * 1024)
+        bio = device.disk.submit(READ, 0, memoryview(memory)[:512])
+        event = device.queue.event()
+        device.queue.buffer(event.tag)[:512] = b"r" * 512
+        device.queue.commit(event.tag, 512)
+        assert bio.result == 512
+        assert memory == b"r" * 512 + b"\xee" * 512
+
+
 async def test_split_at_max_sectors() -> None:
     """No READ or WRITE is longer than max_sectors; all but the first begin at a physical block; the parts are the whole."""
     async with serving(basic_params(max_sectors=16)) as device:

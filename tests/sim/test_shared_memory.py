@@ -30,12 +30,7 @@ def shared_server(flags: Feature = Feature(0), version: tuple[int, int] = (7, 3)
 
 def submit(server: RawServer, op: IoOp, view: memoryview) -> Bio:
     """An operation with an application's own memory."""
-    kernel = server.process.kernel
-    disk = kernel.devices[server.info.dev_id].disk
-    assert disk is not None
-    bio = kernel.new_bio(int(op), 0, len(view), view)
-    disk.submit(bio)
-    return bio
+    return server.disk.submit(op, 0, view)
 
 
 def test_registering_is_checked() -> None:

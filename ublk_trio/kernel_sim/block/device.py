@@ -54,7 +54,7 @@ class _Operations:
             length = data_or_length
             data = memoryview(bytearray(length)) if op is IoOp.READ else _EMPTY
         else:
-            assert op in _WITH_DATA, f"{op.name} takes a length"
+            assert op in _WITH_DATA or op is IoOp.READ, f"{op.name} takes a length"
             data = memoryview(data_or_length)
             length = len(data)
         return self._kernel.new_bio(op.value, offset, length, data)
@@ -74,8 +74,9 @@ class _Operations:
     ) -> Bio:
         """Start an operation without waiting for its end: the bio, which may be done already.
 
-        ``data_or_length`` is what a WRITE or ZONE_APPEND writes, and a length for every other operation. ``cpu`` is where the
-        application runs (default: one after the other). ``metadata`` goes with the data where the disk has integrity.
+        ``data_or_length`` is what a WRITE or ZONE_APPEND writes, a length for every other operation, or the memory that a READ
+        is to fill. ``cpu`` is where the application runs (default: one after the other). ``metadata`` goes with the data where
+        the disk has integrity.
         """
         bio = self._bio(op, offset, data_or_length)
         taker = self._taker(bio)
