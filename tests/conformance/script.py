@@ -972,6 +972,9 @@ class Run:
         """Whether the request is known: its data came by NEED_GET_DATA."""
         return any(
             (other.process, other.queue_id, other.tag) == (part.process, part.queue_id, part.tag)
+        elif device.flags & Feature.AUTO_BUF_REG:
+            # The word that says where to register the buffer lies there: by default the tag, which is the kernel's choice.
+            at = " at=index" if address & 0xFFFF == tag else " at=other"
             for operation in self.operations
             for other in operation.parts
         )
