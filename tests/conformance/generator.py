@@ -10,6 +10,8 @@ What it leaves out, because a release breaks on it, or hangs, or answers by chan
 - The end of a process that owns every tag of a queue (6.12 notices only after 30 seconds).
 - The end of a process whose ring has the buffer of a request registered that was committed (7.3: the ring waits for its
   command, the command for the request, and the request for the ring to let go of the buffer).
+- FETCH_REQ while STOP_DEV waits for answers (7.3: the command sleeps until STOP_DEV is through, and STOP_DEV waits for what
+  that same task would have answered; neither ends, and not even SIGKILL helps).
 - A READ's result above its length (a warning in the kernel's log), and GET_DATA to nowhere (tried for ever).
 - A tag by its number while there are requests: which one has which is the kernel's choice.
 - More operations at once than there are tags: who waits longest need not be the first to get one.
@@ -88,6 +90,7 @@ _WRONG_OWNED = (
     "io p0.a FETCH t={0}", "io p0.b COMMIT t={0} res=512", "io p0.a 0x2f t={0}", "commit {0} by=p0.b",
     "io p0.a COMMIT t={0} enc=bad", "io p0.b GETDATA t={0}", "io p0.a PREP t={0}",
 )  # fmt: skip
+_WRONG_FETCH = _WRONG_OWNED[0]
 
 
 class _Author:
@@ -99,6 +102,8 @@ class _Author:
         self.server = "p0"
         self.servers = 1
         self.operations = 0
+        #: STOP_DEV was sent, and waits for answers.
+        self.stopping = False
         #: Operations that wait for an answer, by number: their kind.
         self.waiting: dict[int, str] = {}
         mode, self.ring = draw.choice(_MODES)
@@ -200,7 +205,9 @@ class _Author:
         kind = self.waiting[number]
         request = f"@{number}"
         if self.draw.random() < 0.15 and self.server == "p0":
-            self.say(self.draw.choice(_WRONG_OWNED).format(request))
+            wrong = self.draw.choice(_WRONG_OWNED)
+            if not (self.stopping and wrong == _WRONG_FETCH):
+                self.say(wrong.format(request))
         if "NEED_GET_DATA" in self.mode and kind in ("write", "fua", "zeroes", "punch") and self.draw.random() < 0.9:
             self.say(f"getdata {request}")
         if "USER_COPY" in self.mode and self.draw.random() < 0.7:
@@ -274,6 +281,7 @@ class _Author:
         if not self.waiting:
             self.operate()
         self.say("ctl STOP d0")
+        self.stopping = True
         self.answer_all()
         self.say("ctl INFO d0")
         self.maybe(0.3, "app read d0 0 4096", "app write d0 0 4096", "diskclose d0;ctl INFO d0")
