@@ -42,12 +42,8 @@ soak: ## Run the property suite's state machine from random seeds for SECONDS=60
 
 conformance: ## Compare the simulator with the drivers of real Linux 6.12 and 7.3: the kept scripts, and FRESH=N new ones.
 	@$(SETUP) tests
-	@seed=$${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}; status=0; \
-	for kernel in 6.12 7.3; do \
-	    $(RUN) tests/kernel/vm.py run --kernel $$kernel --cpus 4 --timeout 3600 --fail-on-kernel-warning $(VM_OPTIONS) -- \
-	        $(RUN) -m tests.conformance --fresh $(FRESH) --seed $$seed || status=1; \
-	done; \
-	exit $$status
+	@VM_OPTIONS='$(VM_OPTIONS)' $(RUN) -m tests.conformance.guests -- --fresh $(FRESH) \
+	    --seed $${SEED:-$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
 
 lint: ## Check the code: ruff's rules and format, mypy --strict.
 	@$(SETUP)

@@ -1,10 +1,11 @@
 """Run the corpus, and fresh scripts, on this machine's kernel: ``python -m tests.conformance``, as root.
 
-    python -m tests.conformance [FILE...] [--only REGEX] [--fresh N [--seed N]] [--shrink] [--coverage] [--record] [--digests]
+    python -m tests.conformance [FILE...] [--only REGEX] [--fresh N [--seed N]] [--after NAME] [--shrink] [--coverage] [--record]
+        [--digests] [--verbose]
 
 Without files: the whole corpus. Each script is played on the simulator, as the release that runs here, and followed on
 the real driver. Exit status 1 when they differ in a way that `divergences` does not explain, or when an explanation
-explains nothing any more; 3 when this machine's driver got stuck, and not everything was run.
+explains nothing any more; 3 when this machine's driver got stuck at a script: those that come after it were not run.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.conformance.simulated import simulated
 CORPUS = Path(__file__).with_name("corpus")
 #: What real kernels were seen to show, in few letters: kernel -> script -> `lockstep.digest`.
 SEEN = CORPUS / "seen.json"
-_DIFFERENT, _STUCK = 1, 3
+DIFFERENT, STUCK = 1, 3
 
 
 def corpus() -> list[Script]:
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="REGEX", help="scripts with such a name")
     parser.add_argument("--fresh", type=int, default=0, metavar="N", help="so many new scripts besides")
     parser.add_argument("--seed", type=int, metavar="N", help="of the first of them (default: by chance; printed)")
+    parser.add_argument("--after", metavar="NAME", help="only those that come after this script")
     parser.add_argument(
         "--shrink", action="store_true", help="leave out of a script that differs what it does not need"
     )
@@ -63,21 +65,22 @@ def main(arguments: Sequence[str]) -> int:
         seed = asked.seed if asked.seed is not None else random.SystemRandom().randrange(1 << 40)
         print(f"conformance: {asked.fresh} fresh scripts: --fresh {asked.fresh} --seed {seed}", flush=True)
         scripts += [generate(seed + number) for number in range(asked.fresh)]
+    if asked.after is not None:
+        scripts = scripts[[script.name for script in scripts].index(asked.after) + 1 :]
     if asked.coverage:
         return print_coverage(scripts)
     arm = RealArm()
     try:
         if asked.record:
             return record(scripts, arm)
-        whole = not asked.files and not asked.only
+        whole = not asked.files and not asked.only and asked.after is None
         comparison = Comparison(arm, verbose=asked.verbose, shrink=asked.shrink)
         status = comparison.run(scripts, whole=whole)
         if asked.digests:
-            print(json.dumps({"{}.{}".format(*arm.release): comparison.seen}))
+            kept = {script.name for script in corpus()}
+            seen = {name: digest for name, digest in comparison.seen.items() if name in kept}
+            print(json.dumps({"{}.{}".format(*arm.release): seen}))
         return status
-    except Wedged as wedged:
-        print(f"conformance: stuck: {wedged}", flush=True)
-        return _STUCK
     finally:
         arm.close()
 
@@ -86,7 +89,7 @@ def print_coverage(scripts: Sequence[Script]) -> int:
     counts = coverage(scripts)
     for name, count in counts.items():
         print(f"{name:32} {count:5}")
-    return 0 if all(counts.values()) else _DIFFERENT
+    return 0 if all(counts.values()) else DIFFERENT
 
 
 def record(scripts: Iterable[Script], arm: RealArm) -> int:
@@ -128,33 +131,44 @@ class Comparison:
         """All of them; ``whole`` when every explanation must be of use."""
         began = time.monotonic()
         differ = explained = ran = 0
+        stuck = False
         for script in scripts:
             if self.arm.release < script.since:
                 continue
             ran += 1
             self.played.append(script.name)
             started = time.monotonic()
-            difference = self.compare(script)
+            self.arm.mark(script.name)
+            try:
+                difference = self.compare(script)
+            except Wedged as wedged:
+                print(f"conformance: stuck at {script.name}: {wedged}", flush=True)
+                stuck = True
+                break
             if self.verbose:
                 print(f"{time.monotonic() - started:6.2f} s {script.name}", flush=True)
             if difference is None:
                 continue
-            if self._explain(difference):
+            if name := self._explain(difference):
                 explained += 1
+                if self.verbose:
+                    print(f"         differs as explained: {name}", flush=True)
                 continue
             differ += 1
             print(difference, flush=True)
             if self.shrink:
                 print(self._shrunk(script).to_json(), flush=True)
-        unused = self.unused() if whole else []
+        unused = self.unused() if whole and not stuck else []
         for name in unused:
             print(f"conformance: nothing needs the explanation {name!r}")
         release = "{}.{}".format(*self.arm.release)
         print(
             f"conformance: Linux {release}: {ran} scripts in {time.monotonic() - began:.0f} s, "
-            f"{differ} differ, {explained} differ as explained"
+            f"{differ} differ, {explained} differ as explained" + ", 1 got stuck" * stuck
         )
-        return _DIFFERENT if differ or unused else 0
+        if stuck:
+            return STUCK
+        return DIFFERENT if differ or unused else 0
 
     def unused(self) -> list[str]:
         """The explanations for this kernel that have explained nothing so far."""
@@ -164,12 +178,13 @@ class Comparison:
             if not self.explained[divergence.name] and divergence.since <= self.arm.release < divergence.before
         ]
 
-    def _explain(self, difference: Difference) -> bool:
+    def _explain(self, difference: Difference) -> str:
+        """The name of the divergence that it is, or nothing."""
         for divergence in DIVERGENCES:
             if divergence.explains(difference, self.arm.release):
                 self.explained[divergence.name] += 1
-                return True
-        return False
+                return divergence.name
+        return ""
 
     def _shrunk(self, script: Script) -> Script:
         """Without the steps that the difference does not need."""

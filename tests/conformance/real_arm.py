@@ -48,15 +48,24 @@ class RealArm:
         self._nursery = ours
         self._workers: dict[str, tuple[int, socket.socket, list[list[Any]]]] = {}
         self._result = 0
+        self._wedged = False
         self.cpus = os.cpu_count() or 1
         major, minor = platform.release().split(".")[:2]
         self.release = int(major), int(re.sub(r"\D.*", "", minor))
 
     def close(self) -> None:
+        """End every process; once something is `Wedged`, without a wait for any."""
         for name in list(self._workers):
-            self.kill(name)
+            if self._wedged:
+                os.kill(self._workers[name][0], signal.SIGKILL)
+            else:
+                self.kill(name)
         self._nursery.close()
         self._nursery_process.wait()
+
+    def _wedge(self, what: str) -> Wedged:
+        self._wedged = True
+        return Wedged(what)
 
     # ------------------------------------------------------------------ script.Arm
 
@@ -81,7 +90,7 @@ class RealArm:
             if int(self._nursery.recv(64)):
                 return
             if time.monotonic() > deadline:
-                raise Wedged(f"process {process} does not die: {self._stacks(pid)}")
+                raise self._wedge(f"process {process} does not die: {self._stacks(pid)}")
             time.sleep(0.002)
 
     def call(self, process: str, verb: str, *arguments: Any) -> Any:
@@ -94,9 +103,9 @@ class RealArm:
         try:
             answer = channel.recv(MESSAGE_BYTES_MAX)
         except TimeoutError:
-            raise Wedged(f"{process} does not answer {verb}: {self._stacks(pid)}") from None
+            raise self._wedge(f"{process} does not answer {verb}: {self._stacks(pid)}") from None
         if not answer:
-            raise Wedged(f"{process} died of {verb} {arguments}")
+            raise self._wedge(f"{process} died of {verb} {arguments}")
         result, came = json.loads(answer)
         if verb == "poll":
             return came
@@ -158,8 +167,13 @@ class RealArm:
             if self._control("DEL", dev_id) is None:
                 problems.append(f"DEL_DEV of device {dev_id} never ended")
         if left := self.device_ids():
-            raise Wedged(f"devices {left} cannot be deleted; {'; '.join(problems)}")
+            raise self._wedge(f"devices {left} cannot be deleted; {'; '.join(problems)}")
         return problems
+
+    @staticmethod
+    def mark(name: str) -> None:
+        """Name a script in the kernel's log, so that a complaint there tells what it is about."""
+        Path("/dev/kmsg").write_text(f"conformance: {name}\n")
 
     def _state(self, dev_id: int) -> int | None:
         answer = self._control("INFO2", dev_id)
