@@ -36,6 +36,8 @@ FEATURES: Final[Mapping[str, str]] = {
     "user copy, into a READ": r"^pwrite .*@",
     "user copy, integrity": r"^p(read|write) .*integrity=",
     "fixed-buffer I/O": r"^fixed ",
+    "automatic registration, fallback": r"auto=1",
+    "registered memory": r"^app .* mem=",
     "wrong task": r"by=p0\.b|^io p0\.b",
     "wrong tag": r"^io .* t=[5-9]",
     "wrong queue": r"^io .* q=[2-9]",

@@ -15,6 +15,7 @@ A script is a list of steps, each one line of words: a verb, its objects, and ``
     serve p0                            answer everything until there is rest
     diskopen d0, diskclose d0
     app write d0 0 4096 [fill=11 cpu=1] read, write, fua, flush, discard, zeroes, punch, zone-...; numbered
+    app read d0 0 4096 mem=512          with the memory that "ctl REG d0" registers, from byte 512 on
     zones p0 @!                         answer, by user copy, what zones there are; @! is a request of the kernel's own
     pread p0 @0 0 512, pwrite p0 @0 0 512 fill=22     user copy
     closering p0.a, kill p0
@@ -62,6 +63,7 @@ from ublk_trio.uapi import (
     descriptors_length,
     descriptors_offset,
     io_opcode,
+    split_shmem_zc_addr,
     user_copy_offset,
 )
 
@@ -803,9 +805,10 @@ class Run:
         operation = _Operation(len(self.operations), kind, name, offset, length)
         self.operations.append(operation)
         fill = int(words.options.get("fill", "a5"), 16)
+        memory = _SHMEM_SLOT * SLOT_BYTES + words.number("mem") if "mem" in words.options else -1
         self.arm.call(
             CONTROLLER, "app", operation.number, kind, f"/dev/ublkb{device.dev_id}", offset, length, fill,
-            words.number("cpu", 0),
+            words.number("cpu", 0), memory,
         )  # fmt: skip
         return []
 
@@ -961,9 +964,17 @@ class Run:
         base = self.processes[process].base
         slot = base + self._slot(queue_id, tag) * SLOT_BYTES
         at = " at=own" if address == slot else " at=0" if not address else " at=other"
-        if device.flags & Feature.NEED_GET_DATA and (op != IoOp.WRITE or result):
+        if op_flags & IoFlag.SHMEM_ZC:
+            # Nothing was copied: what lies in the tag's own buffer is old.
+            data = ""
+            if address != slot:
+                at = " at={}+{}".format(*split_shmem_zc_addr(address))
+        elif device.flags & Feature.NEED_GET_DATA and (op != IoOp.WRITE or result):
             # What the tag's last command said, and which tag that is, is the kernel's choice.
             at = ""
+        elif device.flags & Feature.AUTO_BUF_REG:
+            # The word that says where to register the buffer lies there: by default the tag, which is the kernel's choice.
+            at = " at=index" if address & 0xFFFF == tag else " at=other"
         return [
             f"{where} delivers @{number} {IoOp(op).name}{place} {names}= {result}{at} {data}".rstrip(),
         ]
@@ -972,9 +983,6 @@ class Run:
         """Whether the request is known: its data came by NEED_GET_DATA."""
         return any(
             (other.process, other.queue_id, other.tag) == (part.process, part.queue_id, part.tag)
-        elif device.flags & Feature.AUTO_BUF_REG:
-            # The word that says where to register the buffer lies there: by default the tag, which is the kernel's choice.
-            at = " at=index" if address & 0xFFFF == tag else " at=other"
             for operation in self.operations
             for other in operation.parts
         )

@@ -37,7 +37,7 @@ class _Application:
     """One operation of the application; a FUA write is a write and, as in the system call, a flush after it."""
 
     def __init__(
-        self, disk: SimBlockFile, token: int, kind: str, offset: int, length: int, fill: int, cpu: int
+        self, disk: SimBlockFile, token: int, kind: str, offset: int, data: memoryview | int, cpu: int
     ) -> None:  # fmt: skip
         self.token = token
         self.kind = kind
@@ -46,9 +46,8 @@ class _Application:
         self._written = 0
         op = _OPS[kind]
         self._bio: Bio = disk.submit(
-            op, offset, bytes([fill]) * length if op is IoOp.WRITE else length, fua=kind == "fua",
-            no_unmap=kind == "zeroes", no_fallback=kind == "punch", cpu=cpu,
-        )  # fmt: skip
+            op, offset, data, fua=kind == "fua", no_unmap=kind == "zeroes", no_fallback=kind == "punch", cpu=cpu
+        )
 
     def event(self) -> list[Any] | None:
         """What it ended with, if it has."""
@@ -290,11 +289,18 @@ class SimWorker:
         self.disks.pop(path).close()
         return 0
 
-    def do_app(self, token: int, kind: str, path: str, offset: int, length: int, fill: int, cpu: int) -> int:
-        if path in self.disks:
-            self.applications.append(_Application(self.disks[path], token, kind, offset, length, fill, cpu))
-        else:
+    def do_app(
+        self, token: int, kind: str, path: str, offset: int, length: int, fill: int, cpu: int, place: int
+    ) -> int:  # fmt: skip
+        if path not in self.disks:
             self.refused.append(["app", token, -errno.EBADF, ""])
+            return 0
+        data: memoryview | int = length
+        if kind in ("read", "write", "fua"):
+            data = memoryview(bytearray(length) if place < 0 else self.arena)[max(place, 0) :][:length]
+            if kind != "read" or place >= 0:
+                data[:] = bytes([fill]) * length
+        self.applications.append(_Application(self.disks[path], token, kind, offset, data, cpu))
         return 0
 
     # ------------------------------------------------------------------ what has happened

@@ -353,27 +353,33 @@ class Worker:
         """Whether something of the last script is left."""
         return bool(self.operating or self.buffers or self.disks)
 
-    def do_app(self, token: int, kind: str, path: str, offset: int, length: int, fill: int, cpu: int) -> int:
+    def do_app(
+        self, token: int, kind: str, path: str, offset: int, length: int, fill: int, cpu: int, place: int
+    ) -> int:  # fmt: skip
+        """An operation, with memory of its own, or, where a read finds ``fill``, with the arena's from ``place`` on."""
         descriptor = self.disks.get(path, -1)
+        if place < 0:
+            view = memoryview(mmap.mmap(-1, max(length, 4096)))[:length]
+        else:
+            view = memoryview(self.arena)[place : place + length]
+        if kind in ("write", "fua") or place >= 0:
+            view[:] = bytes([fill]) * length
         thread = threading.Thread(
-            target=self._operate, args=(token, kind, descriptor, offset, length, fill, cpu), daemon=True
+            target=self._operate, args=(token, kind, descriptor, offset, length, view, cpu), daemon=True
         )
         self.operating += 1
         thread.start()
         return 0
 
-    def _operate(self, token: int, kind: str, fd: int, offset: int, length: int, fill: int, cpu: int) -> None:
+    def _operate(self, token: int, kind: str, fd: int, offset: int, length: int, view: memoryview, cpu: int) -> None:
         if cpu >= 0:
             os.sched_setaffinity(0, {cpu})
-        buffer = mmap.mmap(-1, max(length, 4096))
-        view = memoryview(buffer)[:length]
         result, data = 0, ""
         try:
             if kind == "read":
                 result = os.preadv(fd, [view], offset)
                 data = runs(view[:result])
             elif kind in ("write", "fua"):
-                view[:] = bytes([fill]) * length
                 result = os.pwritev(fd, [view], offset, os.RWF_DSYNC if kind == "fua" else 0)
             elif kind == "flush":
                 os.fsync(fd)
