@@ -22,6 +22,8 @@ class Divergence:
 
     name: str
     reason: str
+    #: A script that shows it.
+    example: str
     since: Release = (6, 0)
     before: Release = (99, 0)
     step: str
@@ -42,6 +44,7 @@ DIVERGENCES: Final[tuple[Divergence, ...]] = (
         name="user-copy-counts-too-much",
         reason="6.12 counts the bytes of the server's buffer that it looked at, not those that it copied: a copy across the "
         "end of a request seems to have moved all that was asked for. The simulator counts what was copied.",
+        example="user-copy-parts",
         before=(7, 0),
         step=r"(pread|pwrite) \S+ @\S+ .*",
         simulated=r"(pread = \w\w\*\d+|pwrite = \d+)",

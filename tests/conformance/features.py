@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from tests.conformance.lockstep import Script
@@ -77,7 +77,22 @@ FEATURES: Final[Mapping[str, str]] = {
 
 def coverage(scripts: Iterable[Script]) -> dict[str, int]:
     """For each feature, how many scripts exercise it."""
-    texts = ["\n".join(expand(script.steps)) for script in scripts]
-    return {
-        name: sum(bool(re.search(pattern, text, re.MULTILINE)) for text in texts) for name, pattern in FEATURES.items()
-    }
+    exercised = [_exercised(script) for script in scripts]
+    return {name: sum(name in features for features in exercised) for name in FEATURES}
+
+
+def sample(scripts: Sequence[Script], *, every: int, besides: Iterable[str] = ()) -> list[Script]:
+    """A part that exercises each feature that the whole does: every so manieth script, those named, and what is needed still."""
+    chosen = {script.name for script in scripts[::every]} | set(besides)
+    reached = {name for script in scripts if script.name in chosen for name in _exercised(script)}
+    for script in scripts:
+        features = _exercised(script)
+        if not features <= reached:
+            chosen.add(script.name)
+            reached |= features
+    return [script for script in scripts if script.name in chosen]
+
+
+def _exercised(script: Script) -> set[str]:
+    text = "\n".join(expand(script.steps))
+    return {name for name, pattern in FEATURES.items() if re.search(pattern, text, re.MULTILINE)}

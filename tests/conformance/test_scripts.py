@@ -15,7 +15,7 @@ import pytest
 from tests.conformance import guests, lockstep
 from tests.conformance.__main__ import SEEN, corpus
 from tests.conformance.divergences import DIVERGENCES, Divergence
-from tests.conformance.features import FEATURES, coverage
+from tests.conformance.features import FEATURES, coverage, sample
 from tests.conformance.generator import generate
 from tests.conformance.lockstep import Difference, Script
 from tests.conformance.script import ScriptError, expand
@@ -75,6 +75,17 @@ def test_corpus_is_large_and_covers_every_feature() -> None:
     assert not [name for name, count in counts.items() if not count]
 
 
+def test_sample_covers_every_feature() -> None:
+    """The part that is played in every run of the kernel tests leaves out no feature, and is bounded."""
+    scripts = corpus()
+    some = sample(scripts, every=10, besides=["copy-depth-one"])
+    assert all(coverage(some).values())
+    assert "copy-depth-one" in {script.name for script in some}
+    assert some == [script for script in scripts if script in some]
+    assert len(some) < len(scripts) / 6
+    assert all(coverage(sample(scripts, every=len(scripts))).values())
+
+
 def test_what_a_script_shows() -> None:
     """The simulator's observations are what the contract says, step by step."""
     shown = dict(zip(expand(_SERVE.steps), simulated(_SERVE, (7, 3)), strict=True))
@@ -128,17 +139,6 @@ def test_generator_is_reproducible() -> None:
     assert len({generate(seed).steps for seed in range(200)}) > 190
 
 
-def test_script_in_error() -> None:
-    """A step that says nothing sensible is our mistake, and named; one that names an absent request is not."""
-    with pytest.raises(ScriptError, match="dance"):
-        simulated(Script(name="", steps=("dance",)), (7, 3))
-    with pytest.raises(ScriptError, match="ctl ADD"):
-        simulated(Script(name="", steps=("ctl ADD d0 depth=many",)), (7, 3))
-    assert simulated(Script(name="", steps=("commit @0",)), (7, 3)) == [["unbound @0"]]
-
-
-def test_divergences_are_narrow() -> None:
-    """An explanation covers its releases, its steps and its lines, and nothing more."""
 def test_generator_spares_drivers_that_would_get_stuck() -> None:
     """No FETCH_REQ while STOP_DEV waits for answers: on 7.3 neither would ever end."""
     for seed in range(400):
@@ -162,9 +162,21 @@ def test_fresh_machine_goes_on_behind_a_stuck_script(
     assert capfd.readouterr().out == "conformance: stuck at b: it does not die\n"
 
 
+def test_script_in_error() -> None:
+    """A step that says nothing sensible is our mistake, and named; one that names an absent request is not."""
+    with pytest.raises(ScriptError, match="dance"):
+        simulated(Script(name="", steps=("dance",)), (7, 3))
+    with pytest.raises(ScriptError, match="ctl ADD"):
+        simulated(Script(name="", steps=("ctl ADD d0 depth=many",)), (7, 3))
+    assert simulated(Script(name="", steps=("commit @0",)), (7, 3)) == [["unbound @0"]]
+
+
+def test_divergences_are_narrow() -> None:
+    """An explanation covers its releases, its steps and its lines, and nothing more."""
     divergence = Divergence(
         name="x",
         reason="y",
+        example="z",
         since=(6, 2),
         before=(7, 0),
         step="ctl STOP .*",
@@ -186,6 +198,7 @@ def test_fresh_machine_goes_on_behind_a_stuck_script(
 
 
 def test_divergences_have_reasons() -> None:
-    """Every explanation says why, and has a name of its own."""
+    """Every explanation says why, names a script that shows it, and has a name of its own."""
+    assert {divergence.example for divergence in DIVERGENCES} <= {script.name for script in corpus()}
     assert all(len(divergence.reason) > 40 for divergence in DIVERGENCES)
     assert len({divergence.name for divergence in DIVERGENCES}) == len(DIVERGENCES)
