@@ -246,7 +246,8 @@ def _words(event: tuple[object, ...]) -> tuple[str, str]:
     if isinstance(result, int) and result < 0:
         record["result"] = errno_name(result)
     unnamed = (kind, "name", "text")
-    return kind, " ".join(str(value) if name in unnamed else f"{name} {value}" for name, value in record.items())
+    words = (str(value) if name in unnamed else f"{name} {value}" for name, value in record.items())
+    return kind, " ".join(filter(None, words))
 
 
 def write_timeline(path: Path, report: Report) -> None:
