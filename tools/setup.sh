@@ -3,10 +3,11 @@
 # with what it depends on. The Makefile calls it before everything else. Where nothing is missing it says nothing.
 #
 #     tools/setup.sh          what `make start` needs
-#     tools/setup.sh tests    and what `make test` needs besides: a virtual machine, and tools that the kernel tests use
+#     tools/setup.sh tests    and what `make test` needs besides: a virtual machine, tools that the kernel tests use, a browser
 #
 # As root, or where sudo asks for no password, it installs packages with apt-get. Otherwise it says which are missing and
-# goes on without, as long as there can be a .venv: only the real ring needs the native part, only the kernel tests QEMU.
+# goes on without, as long as there can be a .venv: only the real ring needs the native part, only the kernel tests QEMU,
+# only a test of the timeline Chromium.
 #
 # Looks for what is needed (a header, a program), not for package names: Python need not be Debian's.
 #
@@ -97,6 +98,8 @@ missing_for_tests() {
 	udevadm udev
 	TOOLS
 }
+
+missing_browser() { [ -n "$(type -P chromium)" ] || printf 'chromium\tchromium is not installed\n'; }
 
 packages_of() { cut -f1 <<< "$1" | tr ' ' '\n' | sort -u | tr '\n' ' '; }
 
@@ -206,4 +209,5 @@ fi
 if [ "${1:-}" = tests ]; then
     # Not final: tools/test.sh says what it cannot run.
     need 'only the kernel tests need it' missing_for_tests || true
+    need 'only a test of the timeline needs it' missing_browser || true
 fi
