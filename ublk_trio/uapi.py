@@ -24,6 +24,7 @@ import re
 import struct
 from collections.abc import Mapping
 from enum import IntEnum, IntFlag
+from functools import cache
 from types import MappingProxyType
 from typing import Any, ClassVar, Final, Self, TypeAlias
 
@@ -359,7 +360,8 @@ _INTEGER_RANGES: Final = {
 _FORMAT_TOKEN: Final = re.compile(r"(\d*)([a-zA-Z])")
 
 
-def layout_members(layout: struct.Struct) -> list[tuple[int, str]]:
+@cache  # every record that is made asks for its own
+def layout_members(layout: struct.Struct) -> tuple[tuple[int, str], ...]:
     """(offset in bytes, format code) of each value in a layout whose padding is written out."""
     members, offset = [], 0
     for count, code in _FORMAT_TOKEN.findall(layout.format):
@@ -369,7 +371,7 @@ def layout_members(layout: struct.Struct) -> list[tuple[int, str]]:
             if code != "x":
                 members.append((offset, token))
             offset += struct.calcsize("=" + token)
-    return members
+    return tuple(members)
 
 
 @frozen(kw_only=True)
