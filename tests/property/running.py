@@ -8,6 +8,7 @@ run may be, and a longer run would be cut off in a shorter profile.
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 
 import hypothesis
@@ -48,6 +49,8 @@ def run_machine(
         profile = settings(profile, stateful_step_count=PROFILES[name].stateful_step_count)
         machine = hypothesis.reproduce_failure(hypothesis.__version__, blob.encode())(machine)
     EngineMachine.begin_count()
+    # Each run leaves cycles to be collected; what was there before need not be looked at for them each time.
+    gc.freeze()
     try:
         with planted(plant)() if plant is not None else contextlib.nullcontext():
             run_state_machine_as_test(machine, settings=settings(profile, print_blob=True, report_multiple_bugs=False))
@@ -56,6 +59,8 @@ def run_machine(
         if line is not None:
             error.add_note(f"To repeat it: {line}")
         raise
+    finally:
+        gc.unfreeze()
 
 
 def repeating_line(error: BaseException, profile: settings, *, plant: str | None = None) -> str | None:
