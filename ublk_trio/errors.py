@@ -35,6 +35,17 @@ def errno_text(number: int) -> str:
     return f"{errno_name(number)} ({text})"
 
 
+def error_line(error: BaseException) -> str:
+    """What there is to say about an error, on one line."""
+    text = str(error)
+    if isinstance(error, OSError) and not isinstance(error, UblkError) and error.errno:
+        # Python's own text has the number and no name.
+        ours = error.strerror and error.strerror != os.strerror(error.errno)
+        text = str(error.strerror) if ours else errno_text(error.errno)
+        text = f"{error.filename}: {text}" if error.filename else text
+    return " ".join(text.split()) or type(error).__name__
+
+
 class UblkError(Exception):
     """Base of every error that this package raises on purpose."""
 

@@ -15,9 +15,10 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import ublk_trio
-from ublk_trio.cli import devices, doctor, features, recover, sim, start
+from ublk_trio.cli import devices, doctor, features, recover, rpc, sim, start
 from ublk_trio.cli.exit_codes import ExitCode
-from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError, errno_text
+from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError, error_line
+from ublk_trio.rpc import ErrorCode, NoServerError, RpcError
 
 app = App(
     name="ublk-trio",
@@ -32,6 +33,7 @@ app.command(devices.stop)
 app.command(features.features)
 app.command(doctor.doctor)
 app.command(sim.sim)
+app.command(rpc.rpc)
 app.meta.group_parameters = cyclopts.Group("Global options", sort_key=0)
 
 
@@ -86,18 +88,16 @@ def _report(group: BaseException) -> ExitCode:
 
 
 def _line(error: BaseException) -> str:
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    if isinstance(error, OSError) and not isinstance(error, UblkError) and error.filename and error.errno:
-        return f"{error.filename}: {errno_text(error.errno)}"  # Python's own text has only the number
-    return " ".join(str(error).split()) or type(error).__name__
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else error_line(error)
 
 
 def _exit_code(error: BaseException) -> ExitCode:
     match error:
+        case RpcError() if error.code in (ErrorCode.METHOD_NOT_FOUND, ErrorCode.INVALID_PARAMS):
+            return ExitCode.USAGE
         case UsageError() | cyclopts.CycloptsError():
             return ExitCode.USAGE
-        case KernelUnavailableError():
+        case KernelUnavailableError() | NoServerError():
             return ExitCode.UNAVAILABLE
         case StuckError():
             return ExitCode.STUCK
