@@ -12,6 +12,7 @@ from typing import Any
 
 import attrs
 import trio
+import trio.testing
 
 from tests.rpc.fake_table import FAKE_METHODS, Service
 from ublk_trio.rpc import FRAMEWORK_METHODS, Dispatcher, Framework, Limits, RpcServer, State, serve_rpc
@@ -119,20 +120,21 @@ async def served(
     service = Service()
     signals: list[signal.Signals] = []
     dispatcher = make_dispatcher(service, signals, state=state)
-    with socket_path() as path, trio.fail_after(SECONDS_MAX):
-        async with trio.open_nursery() as nursery:
-            server = await nursery.start(
-                lambda task_status: serve_rpc(path, dispatcher, limits=limits, task_status=task_status, **options)
-            )
-            yield Served(path, service, dispatcher, server, nursery, signals)
-            nursery.cancel_scope.cancel()
+    with socket_path() as path:
+        with trio.move_on_after(SECONDS_MAX) as bound:
+            async with trio.open_nursery() as nursery:
+                server = await nursery.start(
+                    lambda task_status: serve_rpc(path, dispatcher, limits=limits, task_status=task_status, **options)
+                )
+                yield Served(path, service, dispatcher, server, nursery, signals)
+                nursery.cancel_scope.cancel()
+        assert not bound.cancelled_caught, "nothing hangs"
         assert server.statistics().connections == 0, "no connection is left"
 
 
 async def settle() -> None:
-    """Let every task run until it waits for something else than its turn, sockets included."""
-    for _ in range(20):
-        await trio.testing.wait_all_tasks_blocked(0.0)
+    """Let every task run until it waits for something that is still to come."""
+    await trio.testing.wait_all_tasks_blocked()
 
 
 def open_files() -> int:

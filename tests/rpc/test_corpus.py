@@ -25,7 +25,11 @@ import trio.testing
 from tests.rpc.harness import Client, Served, open_files, served
 
 CORPUS = Path(__file__).parent / "corpus"
-CASES = [json.loads(line) for file in sorted(CORPUS.glob("*.jsonl")) for line in file.read_text().splitlines()]
+CASES = [
+    {"kind": file.stem, **json.loads(line)}
+    for file in sorted(CORPUS.glob("*.jsonl"))
+    for line in file.read_text().splitlines()
+]
 #: What is logged about clients that are at fault, as a single line each.
 ABOUT_CLIENTS = "closing the connection"
 
@@ -99,7 +103,7 @@ async def play(run: Served, case: dict[str, Any]) -> None:
             assert answer == {"jsonrpc": "2.0", "id": "last", "result": "still here"}
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"].encode("ascii", "replace").decode())
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ascii(f"{case['kind']}: {case['name']}"))
 async def test_case(
     case: dict[str, Any], autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,14 +103,20 @@ def _remove_stale(path: str) -> None:
         return
     if not stat.S_ISSOCK(found.st_mode):
         raise UsageError(f"socket {path}: what is there is not a socket: move it, or choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        number = probe.connect_ex(path)
+    # Without permissions it has not got as far as listening: its server died before.
+    number = _connect(path) if stat.S_IMODE(found.st_mode) else errno.ECONNREFUSED
     if number in (0, errno.EAGAIN):  # EAGAIN: it listens, and more wait already than it allows
         raise _in_use(path)
     if number not in (errno.ECONNREFUSED, errno.ENOENT):
         raise OSError(number, f"socket {path}: cannot tell whether a server is there: {errno_text(number)}")
     _remove_own(path, found)
+
+
+def _connect(path: str) -> int:
+    """The errno of a connection, or 0."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(path)
 
 
 def _bind(sock: socket.socket, path: str) -> None:
