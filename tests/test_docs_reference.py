@@ -17,6 +17,7 @@ import pytest
 import ublk_trio
 import ublk_trio.backends
 import ublk_trio.kernel_sim
+import ublk_trio.rpc
 from tests.conformance import __main__ as conformance
 from tests.kernel import vm
 from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
@@ -25,18 +26,23 @@ from ublk_trio.cli import app, devices, serving, sim
 from ublk_trio.cli.doctor import Finding
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.control import open_control
+from ublk_trio.rpc import FRAMEWORK_METHODS, ErrorCode, Limits
+from ublk_trio.rpc.errors import MESSAGE_CHARACTERS_MAX
 from ublk_trio.simulation import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CLI = (ROOT / "docs" / "cli.md").read_text()
+RPC = (ROOT / "docs" / "rpc.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 #: Public to the other modules of the simulator only.
 FOR_THE_SIMULATOR = {
     "changed", "char_path", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
     "put_device", "run", "violation",
 }  # fmt: skip
-COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim")
+COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim", "rpc")
+#: What the page calls a positional argument.
+POSITIONAL = {"IDS": "ID", "PARAMETERS": "KEY=VALUE"}
 
 
 def section(page: str, heading: str) -> str:
@@ -78,7 +84,7 @@ def test_options(command: str) -> None:
     """Each command's table lists exactly its options, with their defaults."""
     documented = {code(row[0])[0]: row[1] for row in table_after(section(CLI, f"## {command}"), "option")}
     arguments = arguments_of(command)
-    assert set(documented) == {"ID" if name == "IDS" else name for name in arguments}
+    assert set(documented) == {POSITIONAL.get(name, name) for name in arguments}
     for name, argument in arguments.items():
         default = argument.field_info.default
         if default not in (None, inspect.Parameter.empty, False):
@@ -205,10 +211,36 @@ def test_signatures(name: str) -> None:
     assert f"{name}{bare}" in " ".join(section(API, f"### `{name}`").split())
 
 
-@pytest.mark.parametrize("module", [ublk_trio.backends, ublk_trio.kernel_sim], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [ublk_trio.backends, ublk_trio.kernel_sim, ublk_trio.rpc], ids=lambda module: module.__name__
+)
 def test_public_module(module: Any) -> None:
-    """What the two public modules export is named."""
+    """What the public modules export is named."""
     assert set(module.__all__) <= set(re.findall(r"\w+", " ".join(code(API))))
+
+
+# Remote calls ---------------------------------------------------------------------------------------------------------
+
+
+def test_rpc_errors() -> None:
+    """Every code that is no errno is listed."""
+    documented = {int(row[0]): row[1] for row in table_after(section(RPC, "## Errors"), "code")}
+    assert documented == {code.value: code.name for code in ErrorCode}
+    assert f"at most {MESSAGE_CHARACTERS_MAX} characters" in " ".join(section(RPC, "## Errors").split())
+
+
+def test_rpc_bounds() -> None:
+    """Fields and defaults of Limits, as they are."""
+    documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(section(RPC, "## Bounds"), "field")}
+    assert documented == {field.name: repr(field.default) for field in attrs.fields(Limits)}
+
+
+def test_rpc_methods() -> None:
+    """The methods of every server are listed, with their parameters."""
+    documented = {
+        code(row[0])[0]: code(row[1]) for row in table_after(section(RPC, "## Methods of every server"), "method")
+    }
+    assert documented == {method.name: list(method.params.__struct_fields__) for method in FRAMEWORK_METHODS}
 
 
 # All pages ------------------------------------------------------------------------------------------------------------

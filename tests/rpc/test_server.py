@@ -310,6 +310,20 @@ async def test_no_more_descriptors(autojump_clock: Clock, caplog: pytest.LogCapt
     assert caplog.text.count("cannot accept a connection") == 2
 
 
+async def test_no_descriptor_for_a_connection(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    """A connection that cannot have what it needs is closed with a line in the log; the others go on."""
+    async with served() as run, await run.connect() as before:
+        await before.call("note")
+        with mock.patch("select.epoll", side_effect=OSError(errno.EMFILE, os.strerror(errno.EMFILE))):
+            async with await run.connect() as client:
+                assert await client.is_closed()
+        assert (await before.call("note"))["result"] == 2
+        assert await run.is_well()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{run.path}: a connection failed: EMFILE (Too many open files)"
+    ]
+
+
 async def test_a_bug_in_a_connection(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """A bug of ours in one connection closes that one, and is logged."""
     with mock.patch.object(Connection, "_read_requests", side_effect=ZeroDivisionError):
@@ -335,8 +349,12 @@ async def test_statistics(autojump_clock: Clock) -> None:
         await client.call("nope")
         await client.send('[{"method": "note", "id": 1}, 1]')
         await client.answer()
+        async with await run.connect() as other:
+            await other.send("garbage")
+            await other.answer()
+            assert await other.is_closed()
         statistics = run.server.statistics()
-        assert (statistics.connections, statistics.requests, statistics.errors) == (1, 4, 2)
+        assert (statistics.connections, statistics.requests, statistics.errors) == (1, 4, 3)
 
 
 async def test_debug_log(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import attrs
 import trio
 
+from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.rpc.dispatcher import Dispatcher
 from ublk_trio.rpc.errors import ErrorCode, RpcError, explain
 from ublk_trio.rpc.limits import Limits
@@ -69,7 +70,7 @@ class Connection:
         """Serve. Only `stop` ends it early: it is shielded from cancellation, so that calls are not cut off."""
         with self._scope:
             try:
-                async with trio.open_nursery() as nursery:
+                async with open_plain_nursery() as nursery:
                     nursery.start_soon(self._watch_client)
                     async with trio.open_nursery() as calls:
                         await self._read(calls)
@@ -102,7 +103,7 @@ class Connection:
                 await self._read_requests(calls)
         except RpcError as error:
             logger.warning("%s: %s; closing the connection", self._peer, error.message)
-            await self._send(error_text(NO_ID, error))
+            await self._send(self._error(NO_ID, error))
 
     async def _read_requests(self, calls: trio.Nursery) -> None:
         """Until the stream ends. Raises `RpcError` when there is no sense in reading on."""
