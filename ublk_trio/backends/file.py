@@ -425,6 +425,13 @@ class ThreadedFile(File):
         await trio.to_thread.run_sync(function, self, *arguments, abandon_on_cancel=False, limiter=self.limiter)
 
 
+def as_threaded(file: File) -> ThreadedFile:
+    """The same file with the same options, served in threads. Raises `UsageError` for a file that is open."""
+    if file.fileno() >= 0:
+        raise UsageError(f"backend {file}: open already: convert it before it is opened")
+    return ThreadedFile(file.path, direct=file.direct, read_only=file.read_only, block_size=file._block_size_wanted)
+
+
 def _write(file: File, offset: int, data: memoryview, fua: bool) -> None:
     File.write(file, offset, data, fua=fua)
 
