@@ -61,6 +61,7 @@ class EndlessRing:
 def nanoseconds(backend: Backend, serve: Serve, *, depth: int, batches: int) -> float:
     """CPU time of one request."""
     served = as_async(backend) if serve == "async" else backend
+    trio.run(served.open)
     queue = Queue(
         EndlessRing(depth=depth, batches=batches), Handlers(served, read_only=False), serve=serve, pooled=False
     )

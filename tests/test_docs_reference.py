@@ -173,7 +173,16 @@ def test_public_name(name: str) -> None:
     # These are documented where they are defined: in Kernel and Backend.
     inherited = set(vars(ublk_trio.Kernel)) | FOR_THE_SIMULATOR if name.endswith("Kernel") else set()
     if issubclass_of_backend(name):
-        inherited |= members_of("Backend") | {"path", "direct", "write", "flush", "discard", "write_zeroes", "size"}
+        inherited |= members_of("Backend") | {
+            "path",
+            "direct",
+            "write",
+            "flush",
+            "discard",
+            "write_zeroes",
+            "size",
+            "settle",
+        }
     assert members_of(name) - inherited <= named
 
 
@@ -203,7 +212,7 @@ def test_bounds_of_a_stop() -> None:
     assert f"DEL_DEV gets {device.DELETE_SECONDS:g} seconds" in stopping
 
 
-@pytest.mark.parametrize("name", ["File", "Memory", "Null", "RealKernel", "SimKernel"])
+@pytest.mark.parametrize("name", ["File", "Memory", "Null", "Passthru", "RealKernel", "SimKernel"])
 def test_signatures(name: str) -> None:
     """What a user calls to make one is written as it is: parameters, order, defaults."""
     parameters = inspect.signature(getattr(ublk_trio, name)).parameters.values()

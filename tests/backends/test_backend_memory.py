@@ -33,7 +33,13 @@ def test_memory_is_a_bytearray(script: list[Step]) -> None:
 @given(scripts(SIZE, 512))
 def test_async_memory_is_a_bytearray(script: list[Step]) -> None:
     """The same behind `as_async`."""
-    trio.run(lambda: check_against_model(as_async(Memory(SIZE)), script, size=SIZE))
+
+    async def main() -> None:
+        disk = as_async(Memory(SIZE))
+        await disk.open()
+        await check_against_model(disk, script, size=SIZE)
+
+    trio.run(main)
 
 
 class WritesOneBlockLate(Memory):

@@ -57,6 +57,22 @@ class _TaskOrder(random.Random):
         x[:] = tasks[::-1]
 
 
+class AtStep(trio.abc.Instrument):
+    """Calls back before the step with a given number: a step is one turn of one task."""
+
+    def __init__(self, number: int, interrupt: Callable[[], None]) -> None:
+        self.number = number
+        self.steps = 0
+        self._interrupt = interrupt
+
+    def before_task_step(self, task: trio.lowlevel.Task) -> None:
+        if "_stay_runnable" in task.name or "<init>" in task.name:
+            return
+        self.steps += 1
+        if self.steps == self.number:
+            self._interrupt()
+
+
 async def _stay_runnable() -> None:
     with contextlib.suppress(trio.Cancelled):
         while True:

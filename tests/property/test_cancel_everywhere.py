@@ -20,7 +20,7 @@ from tests.property.disks import BLOCK, AsyncDisk, Disk, PlainDisk
 from tests.property.engine_run import DEADLINES_MAX, PASSES_MAX
 from tests.property.invariants import UserError
 from tests.property.model import BrokenError, demand
-from tests.property.pumped import PumpedRun
+from tests.property.pumped import AtStep, PumpedRun
 from tests.property.reports import PROFILE
 from ublk_trio import DataMode, Device, DeviceOptions, SimKernel, Target, open_target
 from ublk_trio.kernel_sim import Bio, Choices, FirstChoice, SeededChoices
@@ -29,22 +29,6 @@ from ublk_trio.uapi import IoOp
 How = Literal["cancel", "raise", "cancel start"]
 #: The scenario must end within so many steps, or the loop over all of them would not.
 STEPS_MAX = 2_000
-
-
-class _AtStep(trio.abc.Instrument):
-    """Calls back before the step with a given number."""
-
-    def __init__(self, number: int, interrupt: Callable[[], None]) -> None:
-        self.number = number
-        self.steps = 0
-        self._interrupt = interrupt
-
-    def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        if "_stay_runnable" in task.name or "<init>" in task.name:
-            return
-        self.steps += 1
-        if self.steps == self.number:
-            self._interrupt()
 
 
 @attrs.define
@@ -142,7 +126,7 @@ class Scenario:
 
 def interrupted_at(number: int, scenario: Scenario) -> bool:
     """Run the scenario, interrupt it before step ``number``, and check what is left. False if it ended before."""
-    at_step = _AtStep(number, scenario.scope.cancel)
+    at_step = AtStep(number, scenario.scope.cancel)
     run = PumpedRun(scenario.main, lambda what, options: 0, instruments=[at_step])
     try:
         for _ in range(DEADLINES_MAX):

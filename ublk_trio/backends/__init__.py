@@ -19,12 +19,15 @@ from ublk_trio.backends.base import (
 from ublk_trio.backends.file import File, ThreadedFile
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
+from ublk_trio.backends.passthru import Passthru
 from ublk_trio.backends.sizes import format_size, parse_size
 from ublk_trio.backends.spec import KINDS, Kind, Option, parse_backend, register
+from ublk_trio.backends.stacked import Base, Stacked
 
 __all__ = [
     "KINDS",
     "Backend",
+    "Base",
     "CanDiscard",
     "CanFlush",
     "CanWrite",
@@ -35,7 +38,9 @@ __all__ = [
     "Memory",
     "Null",
     "Option",
+    "Passthru",
     "Result",
+    "Stacked",
     "ThreadedFile",
     "as_async",
     "capabilities",
