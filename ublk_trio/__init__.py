@@ -1,6 +1,6 @@
 """Linux block devices written in Python: a Trio engine for the kernel's ublk driver, and a simulator of that driver."""
 
-from ublk_trio.backends import Backend, File, Memory, Null, Passthru
+from ublk_trio.backends import Backend, Delay, File, Memory, Null, Passthru
 from ublk_trio.device import Device, DeviceStatistics, recover_device, serve_device
 from ublk_trio.errors import (
     BackendError,
@@ -24,6 +24,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "DataMode",
+    "Delay",
     "Device",
     "DeviceOptions",
     "DeviceStatistics",

@@ -1,4 +1,4 @@
-"""Bases for stacks: memory whose every call is recorded, with plain and with asynchronous methods; and how to cancel a stack anywhere."""
+"""Bases for stacks: memory whose calls are recorded, and a disk on storage that crashes; and how to cancel a stack anywhere."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Any
 
 import trio
 import trio.testing
+from hypothesis import Phase, settings
 
 from tests.property.pumped import AtStep
-from ublk_trio.backends import Memory
+from ublk_trio.backends import Backend, Memory
+from ublk_trio.testing import Storage
+from ublk_trio.testing.against import DEFAULT_SETTINGS
 
+#: For `run_against`: the same examples every time.
+CHECK = settings(DEFAULT_SETTINGS, max_examples=40, derandomize=True, database=None)
+#: The same for a disk with a bug, whose shortest run nobody wants to see.
+HUNT = settings(CHECK, max_examples=400, phases=[Phase.generate], report_multiple_bugs=False)
 #: A scenario must end within so many steps, or the loop over all of them would not.
 STEPS_MAX = 500
 
@@ -78,6 +85,23 @@ class AsyncRecorded(Recorded):
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:  # type: ignore[override]
         await trio.lowlevel.checkpoint()
         super().write_zeroes(offset, length, unmap=unmap)
+
+
+class OnStorage(Backend):
+    """For `run_against`: keeps its bytes on the storage, and its word."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.size = storage.size
+
+    def read(self, offset: int, buffer: memoryview) -> None:
+        self.storage.read(offset, buffer)
+
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        self.storage.write(offset, data, fua=fua)
+
+    def flush(self) -> None:
+        self.storage.flush()
 
 
 def run_on_mock_clock(main: Callable[[], Awaitable[Any]], *, instruments: tuple[trio.abc.Instrument, ...] = ()) -> Any:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.backends.backend_model import Step, check_against_model, scripts
-from tests.backends.bases import AsyncRecorded, Recorded, cancel_everywhere
+from tests.backends.bases import CHECK, HUNT, AsyncRecorded, OnStorage, Recorded, cancel_everywhere
 from ublk_trio.backends import (
     Backend,
     Base,
@@ -31,8 +31,7 @@ from ublk_trio.backends import (
     is_async,
 )
 from ublk_trio.errors import UsageError
-from ublk_trio.testing import Storage, run_against
-from ublk_trio.testing.against import DEFAULT_SETTINGS
+from ublk_trio.testing import BrokenPromiseError, run_against
 
 SIZE = 5 * 4096 + 3 * 512
 OPTIONAL = frozenset({"write", "flush", "discard", "write_zeroes"})
@@ -103,27 +102,9 @@ def test_a_stack_on_a_file_is_a_bytearray(tmp_path: Path) -> None:
     checked()
 
 
-class OnStorage(Backend):
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.size = storage.size
-
-    def read(self, offset: int, buffer: memoryview) -> None:
-        self.storage.read(offset, buffer)
-
-    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
-        self.storage.write(offset, data, fua=fua)
-
-    def flush(self) -> None:
-        self.storage.flush()
-
-
 def test_a_stack_keeps_its_bases_promises() -> None:
     """Served by the engine, through kills and crashes: flush and FUA go down to the storage."""
-    run_against(
-        lambda storage: Passthru(OnStorage(storage)),
-        settings=settings(DEFAULT_SETTINGS, max_examples=60, derandomize=True, database=None),
-    )
+    run_against(lambda storage: Passthru(OnStorage(storage)), settings=CHECK)
 
 
 # How a base is called
@@ -460,6 +441,5 @@ class KeepsFua(Passthru):
 @pytest.mark.parametrize("planted", [KeepsFlush, KeepsFua])
 def test_a_crash_catches_planted_bugs(planted: type[Passthru]) -> None:
     """A stack that keeps a flush, or FUA, to itself is found."""
-    hunt = settings(DEFAULT_SETTINGS, max_examples=400, derandomize=True, database=None, phases=[Phase.generate])
-    with pytest.raises(Exception, match="read of sectors"):
-        run_against(lambda storage: planted(OnStorage(storage)), settings=hunt)
+    with pytest.raises(BrokenPromiseError):
+        run_against(lambda storage: planted(OnStorage(storage)), settings=HUNT)

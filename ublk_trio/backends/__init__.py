@@ -16,6 +16,7 @@ from ublk_trio.backends.base import (
     fill_zeroes,
     is_async,
 )
+from ublk_trio.backends.delay import Delay, LatencyKind
 from ublk_trio.backends.file import File, ThreadedFile
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
@@ -32,9 +33,11 @@ __all__ = [
     "CanFlush",
     "CanWrite",
     "CanWriteZeroes",
+    "Delay",
     "Done",
     "File",
     "Kind",
+    "LatencyKind",
     "Memory",
     "Null",
     "Option",
