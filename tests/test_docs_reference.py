@@ -212,7 +212,9 @@ def test_bounds_of_a_stop() -> None:
     assert f"DEL_DEV gets {device.DELETE_SECONDS:g} seconds" in stopping
 
 
-@pytest.mark.parametrize("name", ["Delay", "File", "Memory", "Null", "Passthru", "RealKernel", "SimKernel"])
+@pytest.mark.parametrize(
+    "name", ["Delay", "ErrorInjection", "File", "Memory", "Null", "Passthru", "RealKernel", "SimKernel"]
+)
 def test_signatures(name: str) -> None:
     """What a user calls to make one is written as it is: parameters, order, defaults."""
     parameters = inspect.signature(getattr(ublk_trio, name)).parameters.values()

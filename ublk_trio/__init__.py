@@ -1,6 +1,6 @@
 """Linux block devices written in Python: a Trio engine for the kernel's ublk driver, and a simulator of that driver."""
 
-from ublk_trio.backends import Backend, Delay, File, Memory, Null, Passthru
+from ublk_trio.backends import Backend, Delay, ErrorInjection, File, Memory, Null, Passthru
 from ublk_trio.device import Device, DeviceStatistics, recover_device, serve_device
 from ublk_trio.errors import (
     BackendError,
@@ -28,6 +28,7 @@ __all__ = [
     "Device",
     "DeviceOptions",
     "DeviceStatistics",
+    "ErrorInjection",
     "File",
     "IllegalTagEventError",
     "Kernel",

@@ -17,6 +17,7 @@ from ublk_trio.backends.base import (
     is_async,
 )
 from ublk_trio.backends.delay import Delay, LatencyKind
+from ublk_trio.backends.error_injection import ErrorInjection, ErrorType, IoType
 from ublk_trio.backends.file import File, ThreadedFile
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
@@ -35,7 +36,10 @@ __all__ = [
     "CanWriteZeroes",
     "Delay",
     "Done",
+    "ErrorInjection",
+    "ErrorType",
     "File",
+    "IoType",
     "Kind",
     "LatencyKind",
     "Memory",
