@@ -20,7 +20,7 @@ import ublk_trio.kernel_sim
 import ublk_trio.rpc
 from tests.conformance import __main__ as conformance
 from tests.kernel import vm
-from ublk_trio import DeviceOptions, Memory, SimKernel, device, open_target
+from ublk_trio import DeviceOptions, Limits, Memory, SimKernel, device, open_target
 from ublk_trio.backends import KINDS
 from ublk_trio.cli import app, devices, serving, sim
 from ublk_trio.cli.doctor import Finding
@@ -196,10 +196,12 @@ def test_no_name_that_is_not_there() -> None:
     assert set(re.findall(r"^### `(\w+)`$", API, re.MULTILINE)) == set(ublk_trio.__all__)
 
 
-def test_device_options() -> None:
-    """Fields and defaults of DeviceOptions, as they are."""
-    documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(section(API, "### `DeviceOptions`"), "field")}
-    fields = {field.name: field.default for field in attrs.fields(DeviceOptions)}
+@pytest.mark.parametrize("options", [DeviceOptions, Limits], ids=lambda options: options.__name__)
+def test_options_of_python(options: type[Any]) -> None:
+    """Fields and defaults of what is made of options, as they are."""
+    text = section(API, f"### `{options.__name__}`")
+    documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(text, "field")}
+    fields = {field.name: field.default for field in attrs.fields(options)}
     assert documented == {
         name: str(default) if isinstance(default, Enum) else repr(default) for name, default in fields.items()
     }
@@ -213,7 +215,7 @@ def test_bounds_of_a_stop() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Delay", "ErrorInjection", "File", "Memory", "Null", "Passthru", "RealKernel", "SimKernel"]
+    "name", ["Delay", "ErrorInjection", "File", "Limited", "Memory", "Null", "Passthru", "RealKernel", "SimKernel"]
 )
 def test_signatures(name: str) -> None:
     """What a user calls to make one is written as it is: parameters, order, defaults."""

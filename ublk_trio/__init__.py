@@ -1,6 +1,6 @@
 """Linux block devices written in Python: a Trio engine for the kernel's ublk driver, and a simulator of that driver."""
 
-from ublk_trio.backends import Backend, Delay, ErrorInjection, File, Memory, Null, Passthru
+from ublk_trio.backends import Backend, Delay, ErrorInjection, File, Limited, Limits, Memory, Null, Passthru
 from ublk_trio.device import Device, DeviceStatistics, recover_device, serve_device
 from ublk_trio.errors import (
     BackendError,
@@ -34,6 +34,8 @@ __all__ = [
     "Kernel",
     "KernelError",
     "KernelUnavailableError",
+    "Limited",
+    "Limits",
     "Memory",
     "Null",
     "Passthru",

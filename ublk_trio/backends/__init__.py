@@ -19,6 +19,7 @@ from ublk_trio.backends.base import (
 from ublk_trio.backends.delay import Delay, LatencyKind
 from ublk_trio.backends.error_injection import ErrorInjection, ErrorType, IoType
 from ublk_trio.backends.file import File, ThreadedFile
+from ublk_trio.backends.limits import Limited, Limits
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
 from ublk_trio.backends.passthru import Passthru
@@ -42,6 +43,8 @@ __all__ = [
     "IoType",
     "Kind",
     "LatencyKind",
+    "Limited",
+    "Limits",
     "Memory",
     "Null",
     "Option",
