@@ -163,6 +163,34 @@ async def test_a_short_write_is_eio() -> None:
         assert caught.value.errno == errno.EIO
 
 
+async def test_a_base_out_of_resources_is_enomem() -> None:
+    """Whether it raises it or returns it, from whichever method, at once or awaited."""
+
+    async def later(result: int) -> int:
+        return result
+
+    class Full(Recorded):
+        waits = False
+
+        def full(self, *arguments: Any, **keywords: Any) -> Any:
+            return later(-errno.ENOMEM) if self.waits else -errno.ENOMEM
+
+        read = write = flush = discard = write_zeroes = full
+
+    for waits in (False, True):
+        full = Full()
+        full.waits = waits
+        stack = Passthru(full)
+        await stack.open()
+        for request in (
+            stack.read(0, memoryview(bytearray(512))), stack.write(0, memoryview(bytes(512)), fua=False),
+            stack.flush(), stack.discard(0, 512), stack.write_zeroes(0, 512, unmap=False),
+        ):  # fmt: skip
+            with pytest.raises(OSError, match="out of resources") as caught:
+                await request
+            assert caught.value.errno == errno.ENOMEM
+
+
 async def test_flush_and_fua_go_to_bases_with_a_cache_only() -> None:
     """A base without `flush` is neither flushed nor asked for FUA; one with it is, exactly when the caller asks."""
     cached, plain = Recorded(), Recorded()
@@ -278,8 +306,15 @@ async def test_settle_reaches_the_ground() -> None:
     assert stack.size == 4096
     assert capabilities(stack) == {"read", "write", "discard", "write_zeroes"}
     memory.size = 8192
+    assert stack.size == 8192, "the size of a stack on a single base is always that of the base"
+    joined = Joined([stack])
+    await joined.open()
+    memory.size = 4096
     memory.unsupported = frozenset({"discard"})
-    stack.settle()
+    joined.settle()
+    assert joined.size == 4096
+    memory.size = 8192
+    joined.settle()
     assert stack.size == 8192
     assert capabilities(stack) == {"read", "write", "write_zeroes"}
     memory.read_only = True

@@ -21,10 +21,10 @@ class Passthru(Stacked):
         super().__init__([base])
         self.base = self.bases[0]
 
-    def settle(self) -> None:
-        """As `Stacked.settle`, and the size."""
-        super().settle()
-        self.size = self.base.backend.size
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        """Bytes: at any time the base's."""
+        return self.base.backend.size
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         """Read from the base."""

@@ -29,7 +29,8 @@ _OF_ALL = frozenset({"write", "discard", "write_zeroes"})
 class Base:
     """A backend as the backend above it calls it. A `File` that is not open yet becomes a `ThreadedFile`.
 
-    Each call raises `OSError` when the base fails, and `EIO` when it did less than it was asked for and does not go on.
+    Each call raises `OSError` when the base fails: ENOMEM also when its result was ``-errno.ENOMEM``, and EIO when it
+    did less than it was asked for and does not go on.
     Checkpoints, and cancellation, are the base's: there is none where the base has none.
     """
 
@@ -63,6 +64,7 @@ class Base:
                 count = await count
             if count is None:
                 return
+            self._check_resources(count)
             if not 0 < count <= len(buffer) - done:
                 raise OSError(errno.EIO, f"{self.backend} read {done + count} of {len(buffer)} bytes")
             done += count
@@ -74,27 +76,38 @@ class Base:
         count = self._methods.write(offset, data, fua=fua and "flush" in self.offered)
         if count is not None and not isinstance(count, int):
             count = await count
-        if count is not None and count != len(data):
+        if count is None:
+            return
+        self._check_resources(count)
+        if count != len(data):
             raise OSError(errno.EIO, f"{self.backend} wrote {count} of {len(data)} bytes")
 
     async def flush(self) -> None:
         """Brings what was written to stable storage; nothing to do for a base without a cache."""
         if "flush" in self.offered:
-            done = self._methods.flush()
-            if done is not None:
-                await done
+            result = self._methods.flush()
+            if result is not None and not isinstance(result, int):
+                result = await result
+            self._check_resources(result)
 
     async def discard(self, offset: int, length: int) -> None:
         """Only for a base that offers it."""
-        done = self._methods.discard(offset, length)
-        if done is not None:
-            await done
+        result = self._methods.discard(offset, length)
+        if result is not None and not isinstance(result, int):
+            result = await result
+        self._check_resources(result)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Only for a base that offers it."""
-        done = self._methods.write_zeroes(offset, length, unmap=unmap)
-        if done is not None:
-            await done
+        result = self._methods.write_zeroes(offset, length, unmap=unmap)
+        if result is not None and not isinstance(result, int):
+            result = await result
+        self._check_resources(result)
+
+    def _check_resources(self, result: int | None) -> None:
+        """A backend may also say by its result that it is out of resources for now."""
+        if result == -errno.ENOMEM:
+            raise OSError(errno.ENOMEM, f"{self.backend} is out of resources")
 
 
 class Stacked(Backend):
