@@ -193,6 +193,19 @@ def test_null_reads_zeroes_whatever_was_written() -> None:
     assert buffer == bytes(1024)
 
 
+def test_null_takes_any_size_that_a_disk_can_have() -> None:
+    """Grown and shrunk; what is not possible is refused, and changes nothing."""
+    null = Null(1 << 20, block_size=4096)
+    for size in (1 << 40, 4096):
+        null.resize(size)
+        assert null.size == size
+        check_geometry(null)
+    for size, why in ((0, "size 0 is not possible"), (512, "not a multiple of block_size 4096"), (1 << 63, "smaller")):
+        with pytest.raises(UsageError, match=why):
+            null.resize(size)
+        assert null.size == 4096
+
+
 async def test_as_async_passes_everything_on() -> None:
     """The wrapper calls the inner method with the same arguments, and again for the rest of a short read."""
     inner = Full()

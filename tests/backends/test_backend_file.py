@@ -590,3 +590,103 @@ async def test_a_block_device_has_one_writer(loop_device: Path) -> None:
         )
         async with opened(File(loop_device, read_only=True)) as file:
             assert capabilities(file) == {"read"}
+
+
+async def test_a_block_device_is_rescanned(loop_device: Path) -> None:
+    """When the device gets another size, a rescan finds it; before, the disk has the old one."""
+    backing = loop_device_file(loop_device)
+    async with opened(File(loop_device)) as file:
+        os.truncate(backing, 2 << 20)
+        await trio.run_process(["losetup", "-c", str(loop_device)])
+        assert file.size == 1 << 20
+        assert await file.rescan() == 2 << 20
+        file.write(1 << 20, memoryview(b"y" * 4096), fua=False)
+        assert read(file, 1 << 20, 4096) == b"y" * 4096
+
+
+def loop_device_file(device: Path) -> str:
+    command = ["losetup", "-n", "-O", "BACK-FILE", str(device)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# Resizing
+
+
+@pytest.mark.parametrize("kind", [File, ThreadedFile])
+async def test_a_file_is_rescanned(kind: type[File], path: Path) -> None:
+    """Grown and shrunk, as soon as `rescan` is called and not before; what was there is kept, what is new is zeroes."""
+    path.write_bytes(b"x" * (1 << 20))
+    async with opened(kind(path)) as file:
+        assert await file.rescan() == 1 << 20
+        os.truncate(path, 2 << 20)
+        assert file.size == 1 << 20
+        assert await file.rescan() == file.size == 2 << 20
+        check_geometry(file)
+        buffer = bytearray(1024)
+        if (result := file.read((1 << 20) - 512, memoryview(buffer))) is not None:
+            await result
+        assert buffer == b"x" * 512 + bytes(512)
+        os.truncate(path, 4096)
+        assert await file.rescan() == file.size == 4096
+
+
+@pytest.mark.parametrize("kind", [File, ThreadedFile])
+async def test_beyond_the_end_nothing_is_touched(kind: type[File], path: Path) -> None:
+    """A request that was under way when the file was cut off fails with EIO, and makes it no longer than it is."""
+    path.write_bytes(b"x" * 8192)
+    async with opened(kind(path)) as file:
+        os.truncate(path, 4096)
+        await file.rescan()
+        data = memoryview(bytearray(1024))
+        requests: list[Callable[[], Any]] = [
+            lambda: file.read(3584, data),
+            lambda: file.write(3584, data, fua=False),
+            lambda: file.write(4096, data, fua=True),
+            lambda: file.discard(3584, 1024),
+            lambda: file.write_zeroes(3584, 1024, unmap=False),
+            lambda: file.write_zeroes(4096, 1024, unmap=True),
+        ]
+        for request in requests:
+            with pytest.raises(OSError, match="is beyond the end of the disk") as caught:
+                await request()
+            assert caught.value.errno == errno.EIO
+    assert path.read_bytes() == b"x" * 4096
+
+
+@pytest.mark.parametrize("size", [0, 1000])
+async def test_a_size_that_no_disk_has_is_not_taken_over(path: Path, size: int) -> None:
+    """The caller is told, and the disk keeps its size until the file has a better one."""
+    async with opened(File(path)) as file:
+        os.truncate(path, size)
+        with pytest.raises(UsageError, match=f"size {size} is not"):
+            await file.rescan()
+        assert file.size == 1 << 20
+        os.truncate(path, 1024)
+        assert await file.rescan() == 1024
+
+
+async def test_a_closed_file_is_not_rescanned(path: Path) -> None:
+    """There is nothing to ask, before and after."""
+    file = File(path)
+    with pytest.raises(UsageError, match="not open: rescan it while it is"):
+        await file.rescan()
+    async with opened(file):
+        pass
+    with pytest.raises(UsageError, match="not open"):
+        await file.rescan()
+
+
+async def test_a_rescan_that_is_cancelled_or_fails_changes_nothing(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The size is the old one, and the file closes."""
+    async with opened(File(path)) as file:
+        os.truncate(path, 2 << 20)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await file.rescan()
+        assert scope.cancelled_caught
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fstat", _failing(errno.EIO))
+            with pytest.raises(OSError, match=r"."):
+                await file.rescan()
+        assert file.size == 1 << 20
+        assert await file.rescan() == 2 << 20

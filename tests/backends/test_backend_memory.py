@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import trio
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from tests.backends.backend_model import Step, check_against_model, scripts
 from ublk_trio.backends import Memory, as_async, memory
@@ -124,15 +127,132 @@ def test_discard_and_zeroes_free_memory(way: str) -> None:
     assert full - resident() > 60 << 20
 
 
-def test_a_request_beyond_the_end_raises() -> None:
-    """Nothing outside the disk is read, written or zeroed, not even the rest of its last page."""
+def test_a_request_beyond_the_end_is_eio() -> None:
+    """Nothing outside the disk is read, written or zeroed, not even the rest of its last page; nor a part of it inside."""
     disk = Memory(512)
-    with pytest.raises(ValueError, match="structure"):
-        disk.read(0, memoryview(bytearray(1024)))
-    with pytest.raises(ValueError, match="structure"):
-        disk.write(512, memoryview(bytes(512)), fua=False)
-    with pytest.raises(AssertionError, match="zeroing 0 to 1024"):
-        disk.discard(0, 1024)
+    disk.write(0, memoryview(b"x" * 512), fua=False)
+    buffer = bytearray(b"?" * 1024)
+    requests: list[Callable[[], object]] = [
+        lambda: disk.read(0, memoryview(buffer)),
+        lambda: disk.read(512, memoryview(buffer)),
+        lambda: disk.write(0, memoryview(bytes(1024)), fua=False),
+        lambda: disk.write(512, memoryview(bytes(512)), fua=False),
+        lambda: disk.discard(0, 1024),
+        lambda: disk.write_zeroes(512, 512, unmap=False),
+    ]
+    for request in requests:
+        with pytest.raises(OSError, match="is beyond the end") as caught:
+            request()
+        assert caught.value.errno == errno.EIO
+    assert buffer == b"?" * 1024
+    disk.read(0, memoryview(buffer)[:512])
+    assert buffer[:512] == b"x" * 512
+
+
+# Resizing
+
+#: Sizes at, before and behind the ends of pages.
+sizes = st.sampled_from([512, PAGE - 512, PAGE, PAGE + 512, 2 * PAGE, 3 * PAGE - 512, 5 * PAGE, 5 * PAGE + 1024])
+
+
+def check_resizes(kind: type[Memory], steps: list[tuple[int, int, int]]) -> None:
+    """Resize, compare all, fill a part; again and again."""
+    disk, model = kind(SIZE), bytearray(SIZE)
+    for size, first, value in steps:
+        disk.resize(size)
+        model = model[:size].ljust(size, b"\0")
+        content = bytearray(b"?" * size)
+        disk.read(0, memoryview(content))
+        assert content == model
+        start = first * 512 % size
+        data = bytes([value]) * (size - start)
+        disk.write(start, memoryview(data), fua=False)
+        model[start:] = data
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.tuples(sizes, st.integers(0, 100), st.integers(1, 255)), max_size=8))
+def test_a_resized_memory_is_a_bytearray(steps: list[tuple[int, int, int]]) -> None:
+    """What is kept is kept; what is new is zeroes, whatever was there before the disk was smaller."""
+    check_resizes(Memory, steps)
+
+
+class LeavesTheLastPage(Memory):
+    """What mremap does by itself: it keeps whole pages."""
+
+    def resize(self, size: int) -> None:
+        self._view.release()
+        self._mapping.resize(size)
+        self._view = memoryview(self._mapping)
+        self.size = size
+
+
+class ZeroesAll(Memory):
+    def resize(self, size: int) -> None:
+        super().resize(size)
+        super().discard(0, size)
+
+
+@pytest.mark.parametrize("planted", [LeavesTheLastPage, ZeroesAll])
+def test_the_model_of_resizes_catches_planted_bugs(planted: type[Memory]) -> None:
+    """Old bytes that come back, and bytes that are lost, are found."""
+
+    @settings(deadline=None, max_examples=500, derandomize=True, database=None, phases=[Phase.generate])
+    @given(st.lists(st.tuples(sizes, st.integers(0, 100), st.integers(1, 255)), max_size=8))
+    def checked(steps: list[tuple[int, int, int]]) -> None:
+        check_resizes(planted, steps)
+
+    with pytest.raises(AssertionError):
+        checked()
+
+
+def test_shrinking_frees_memory_and_growing_takes_none() -> None:
+    """A disk that is cut off gives its pages back; a tebibyte more costs nothing until it is written."""
+    disk = Memory(64 << 20)
+    megabyte = memoryview(os.urandom(1 << 20))
+    for offset in range(0, 64 << 20, 1 << 20):
+        disk.write(offset, megabyte, fua=False)
+    full = resident()
+    disk.resize(1 << 20)
+    assert full - resident() > 60 << 20
+    before = resident()
+    disk.resize(1 << 40)
+    buffer = bytearray(b"?" * 4096)
+    disk.read((1 << 40) - 4096, memoryview(buffer))
+    assert buffer == bytes(4096)
+    assert resident() - before < 8 << 20
+
+
+def test_a_resize_that_is_not_possible_changes_nothing() -> None:
+    """A size that no disk has; more than the address space; a view that somebody holds: the disk is as it was."""
+    disk = Memory(8192, block_size=4096)
+    disk.write(0, memoryview(b"x" * 8192), fua=False)
+    for size, why in ((0, "size 0 is not possible"), (512, "not a multiple of block_size 4096"), (1 << 63, "smaller")):
+        with pytest.raises(UsageError, match=why):
+            disk.resize(size)
+    with pytest.raises(BackendError) as caught:
+        disk.resize(1 << 62)
+    assert str(caught.value).startswith("memory:4194304T: ENOMEM (Cannot allocate memory): ")
+    with disk._view[4096:] as held:
+        for size in (4096, 16384):
+            with pytest.raises(BackendError, match=r"EBUSY .*: let go of the views of its memory first"):
+                disk.resize(size)
+        assert held == b"x" * 4096
+    content = bytearray(8192)
+    disk.read(0, memoryview(content))
+    assert disk.size == 8192
+    assert content == b"x" * 8192
+    disk.resize(4096)
+    assert disk.size == 4096
+
+
+async def test_a_stack_sees_the_new_size() -> None:
+    """Behind `as_async` and on any floor of a stack."""
+    memory = Memory(4096)
+    disk = as_async(memory)
+    await disk.open()
+    memory.resize(8192)
+    assert disk.size == 8192
 
 
 def test_sizes_are_checked_when_it_is_made() -> None:

@@ -42,6 +42,7 @@ Some facts, and what they mean for a backend:
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from inspect import iscoroutinefunction
@@ -215,6 +216,15 @@ def check_geometry(backend: Backend) -> None:
         raise UsageError(
             f"{name}: discard_granularity {granularity} is not possible: use a multiple of block_size {block}"
         )
+
+
+def set_size(backend: Backend, size: int) -> None:
+    """Gives a backend another size, bytes. Raises `UsageError`, and changes nothing, when `check_geometry` would."""
+    # Of a copy: requests that run in threads read the size at any time.
+    changed = copy.copy(backend)
+    changed.size = size
+    check_geometry(changed)
+    backend.size = size
 
 
 def fill_zeroes(buffer: memoryview) -> None:

@@ -2,8 +2,10 @@
 
 Some facts, and what they mean:
 
-- *Size.* A regular file's length, or what the block device says, once, at `open`. If the file shrinks afterwards,
-  reading what is gone fails with EIO: zeroes would be silent loss of data. Writing there makes the file longer again.
+- *Size.* A regular file's length, or what the block device says, at `open` and at each `rescan`. If the file shrinks
+  in between, reading what is gone fails with EIO: zeroes would be silent loss of data. Writing there makes the file
+  longer again. Beyond the size everything fails with EIO, so nothing that was under way makes a file longer that was
+  cut off and rescanned.
 - *Cache.* Writes go to the page cache (or, with `direct`, to a device that may have a cache of its own), so the disk
   has a volatile cache: `flush` is fdatasync(2), and ``fua`` is RWF_DSYNC on that one write (pwritev2(2), Linux 4.7).
   Closing does not flush: the page cache outlives us.
@@ -37,7 +39,7 @@ import trio
 
 from ublk_trio.backends import _linux
 from ublk_trio.backends._linux import BlockIoctl, Fallocate
-from ublk_trio.backends.base import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, Backend, Done, Result, fill_zeroes
+from ublk_trio.backends.base import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, Backend, Done, Result, fill_zeroes, set_size
 from ublk_trio.errors import BackendError, UsageError, errno_text
 
 _PUNCH: Final = Fallocate.PUNCH_HOLE | Fallocate.KEEP_SIZE
@@ -88,10 +90,12 @@ class File(Backend):
         # Its own limiter: closing is shielded, and must not queue behind whatever else the application does in threads.
         self._opening = trio.CapacityLimiter(1)
 
-    # Any thread may run what follows, several at once: nothing below changes `self` between open and close.
+    # Any thread may run what follows, several at once: nothing below changes `self` between open and close, but `rescan`
+    # the size.
 
     def read(self, offset: int, buffer: memoryview) -> Result:
         """Reads all of it, however many calls that takes. EIO: the file has become shorter than the disk."""
+        self._check_within(offset + len(buffer))
         done, length = 0, len(buffer)
         while done < length:
             rest = buffer[done:] if done else buffer
@@ -110,6 +114,7 @@ class File(Backend):
 
     def write(self, offset: int, data: memoryview, *, fua: bool) -> Result:
         """Writes all of it, however many calls that takes."""
+        self._check_within(offset + len(data))
         flags = os.RWF_DSYNC if fua else 0
         done, length = 0, len(data)
         while done < length:
@@ -134,6 +139,7 @@ class File(Backend):
 
     def discard(self, offset: int, length: int) -> Done:
         """Frees the space. A regular file then reads zeroes there."""
+        self._check_within(offset + length)
         if self._is_block_device:
             _linux.block_range(self._fd, BlockIoctl.DISCARD, offset, length)
         else:
@@ -142,6 +148,7 @@ class File(Backend):
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> Done:
         """Zeroes the range by the best means that the file has, in the end by writing them."""
+        self._check_within(offset + length)
         for zero in self._ways_to_zero(unmap):
             try:
                 zero(offset, length)
@@ -166,6 +173,17 @@ class File(Backend):
         if fd >= 0:
             await trio.to_thread.run_sync(os.close, fd, limiter=self._opening)
 
+    async def rescan(self) -> int:
+        """Asks the file or the block device for its size anew, in a thread, and returns it: bytes.
+
+        Raises `UsageError` when it is not open or no disk has that size, and `OSError` when it can't be asked; the size
+        stays what it was.
+        """
+        if self._fd < 0:
+            raise UsageError(f"backend {self}: not open: rescan it while it is")
+        set_size(self, await trio.to_thread.run_sync(self._ask_size, self._fd, limiter=self._opening))
+        return self.size
+
     def fileno(self) -> int:
         """The descriptor while open, -1 otherwise: for those who serve the file without this class."""
         return self._fd
@@ -177,6 +195,10 @@ class File(Backend):
         return ",".join([f"file:{self.path}", *options])
 
     # Requests
+
+    def _check_within(self, end: int) -> None:
+        if end > self.size:
+            raise OSError(errno.EIO, f"{self.path}: {end} is beyond the end of the disk")
 
     def _ends_unaligned(self, done: int, length: int) -> bool:
         """A direct read that stops inside a block met the end of the file: no direct read can go on from there."""
@@ -270,6 +292,9 @@ class File(Backend):
             )
         self.unsupported = frozenset() if self.read_only or self._can_discard(fd, status) else frozenset({"discard"})
 
+    def _ask_size(self, fd: int) -> int:
+        return _linux.block_number(fd, BlockIoctl.GET_SIZE_64) if self._is_block_device else os.fstat(fd).st_size
+
     def _lock(self, fd: int) -> None:
         try:
             _linux.lock_whole(fd, shared=self.read_only)
@@ -303,7 +328,7 @@ class File(Backend):
     def _measure_block_device(self, fd: int, status: os.stat_result) -> None:
         if not self.read_only and _linux.block_number(fd, BlockIoctl.READ_ONLY):
             raise self._error(errno.EROFS, "the device is read-only: pass read_only=on")
-        self.size = _linux.block_number(fd, BlockIoctl.GET_SIZE_64)
+        self.size = self._ask_size(fd)
         self._settle_block_size(_linux.block_number(fd, BlockIoctl.LOGICAL_BLOCK), "the device has")
         physical = _linux.block_number(fd, BlockIoctl.PHYSICAL_BLOCK)
         self.physical_block_size = _suitable(physical, at_least=self.block_size, otherwise=self.block_size)

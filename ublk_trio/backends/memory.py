@@ -37,7 +37,7 @@ import mmap
 import platform
 from typing import Final
 
-from ublk_trio.backends.base import Backend, check_geometry, fill_zeroes
+from ublk_trio.backends.base import Backend, check_geometry, fill_zeroes, set_size
 from ublk_trio.backends.null import describe_sized
 from ublk_trio.backends.sizes import format_size
 from ublk_trio.errors import BackendError, errno_text
@@ -82,29 +82,69 @@ class Memory(Backend):
         self._view = memoryview(self._mapping)
 
     def read(self, offset: int, buffer: memoryview) -> int | None:
-        """Copies out; what was never written, or was discarded, is zeroes."""
-        buffer[:] = self._view[offset : offset + len(buffer)]
+        """Copies out; what was never written, or was discarded, is zeroes. EIO beyond the end."""
+        try:
+            buffer[:] = self._view[offset : offset + len(buffer)]
+        except ValueError:
+            raise self._beyond(offset + len(buffer)) from None
         return None
 
     def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
-        """Copies in. `fua` has no meaning: there is no cache in front of the memory."""
-        self._view[offset : offset + len(data)] = data
+        """Copies in. `fua` has no meaning: there is no cache in front of the memory. EIO beyond the end."""
+        try:
+            self._view[offset : offset + len(data)] = data
+        except ValueError:
+            raise self._beyond(offset + len(data)) from None
         return None
 
     def discard(self, offset: int, length: int) -> None:
-        """Frees the pages; the range reads as zeroes."""
+        """Frees the pages; the range reads as zeroes. EIO beyond the end."""
         self._zero(offset, offset + length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Frees the pages, whatever `unmap` says: memory of a sparse disk can't be reserved."""
+        """Frees the pages, whatever `unmap` says: memory of a sparse disk can't be reserved. EIO beyond the end."""
         self._zero(offset, offset + length)
+
+    def resize(self, size: int) -> None:
+        """Changes the size, bytes. New bytes are zeroes, also where there were others before.
+
+        What lies beyond a smaller size is gone, and its memory is free. A request that reaches beyond the end fails with
+        EIO, all of it.
+
+        Raises `UsageError` for a size that no disk has, and `BackendError` when the kernel does not give that much
+        address space (ENOMEM), or when somebody else holds a view of the memory (EBUSY). Then nothing has changed.
+        """
+        before = self.size
+        set_size(self, size)
+        # None of ours is in use: a request has no checkpoint in which it could hold a part of it.
+        self._view.release()
+        try:
+            self._mapping.resize(size)
+        except Exception as error:
+            self.size = before
+            raise self._not_resized(size, error) from error
+        finally:
+            self._view = memoryview(self._mapping)
+        # Pages are kept whole: in the last one may be what a larger disk had behind the end.
+        fill_zeroes(self._view[before : min(size, -(-before // _PAGE) * _PAGE)])
 
     def __str__(self) -> str:
         return describe_sized("memory", self)
 
+    def _beyond(self, end: int) -> OSError:
+        return OSError(errno.EIO, f"{self}: {end} is beyond the end")
+
+    def _not_resized(self, size: int, error: Exception) -> BackendError:
+        if isinstance(error, BufferError):
+            return BackendError(
+                errno.EBUSY, f"{self}: {errno_text(errno.EBUSY)}: let go of the views of its memory first"
+            )
+        return _refused(size, errno.ENOMEM)
+
     def _zero(self, start: int, end: int) -> None:
-        # The range must lie within the disk: the kernel's side checked it, and madvise would round a longer one up.
-        assert 0 <= start <= end <= self.size, f"zeroing {start} to {end} of a disk of {self.size} bytes"
+        # madvise would round a range that is too long up.
+        if end > self.size:
+            raise self._beyond(end)
         first, last = -(-start // _PAGE) * _PAGE, end // _PAGE * _PAGE
         if first >= last or not _ON_LINUX:  # elsewhere MADV_DONTNEED may keep the content
             fill_zeroes(self._view[start:end])
@@ -121,7 +161,11 @@ def _map(size: int) -> mmap.mmap:
         return mmap.mmap(-1, size)
     except (OSError, OverflowError) as error:
         number = error.errno if isinstance(error, OSError) and error.errno else errno.ENOMEM
-        raise BackendError(number, f"memory:{format_size(size)}: {errno_text(number)}: {_why_refused(size)}") from error
+        raise _refused(size, number) from error
+
+
+def _refused(size: int, number: int) -> BackendError:
+    return BackendError(number, f"memory:{format_size(size)}: {errno_text(number)}: {_why_refused(size)}")
 
 
 def _why_refused(size: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ublk_trio.backends.base import Backend, check_geometry, fill_zeroes
+from ublk_trio.backends.base import Backend, check_geometry, fill_zeroes, set_size
 from ublk_trio.backends.sizes import format_size
 
 
@@ -40,6 +40,13 @@ class Null(Backend):
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """It holds zeroes already."""
+
+    def resize(self, size: int) -> None:
+        """Changes the size, bytes. Requests beyond the end are served as any others.
+
+        Raises `UsageError`, and changes nothing, for a size that no disk has.
+        """
+        set_size(self, size)
 
     def __str__(self) -> str:
         return describe_sized("null", self)
