@@ -5,6 +5,8 @@ A result is a number of bytes (READ, WRITE), 0 (everything else), or a negative 
 - `OSError` fails the request with its errno. Which errnos an application sees unchanged is the kernel's choice
   (ENOSPC, ENODATA,
   ETIMEDOUT and some others are; most become EIO).
+- ENOMEM, raised or returned as a negative number, is no result: the backend is out of resources, and the request waits to be
+  tried again (`back_pressure`).
 - `trio.TooSlowError`, what `trio.fail_after` raises, is ETIMEDOUT.
 - Any other exception is EIO, and is logged with its traceback, once per kind (its type and the operation).
 - A short READ is committed as it is: the kernel asks again for the rest. A READ of 0 bytes is EIO.
@@ -116,6 +118,8 @@ class Handlers:
             return request.success
         if not isinstance(outcome, int):
             return self.failed(request, TypeError(_WRONG_RESULT.format(type(outcome).__name__)))
+        if outcome == -errno.ENOMEM:
+            return outcome
         if not 0 <= outcome <= request.length:
             return self.failed(request, ValueError(f"the backend answered {outcome!r} to a {request}"))
         if request.op == _READ and outcome > 0:

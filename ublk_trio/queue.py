@@ -7,6 +7,7 @@ Facts it rests on:
   so a queue must go on
   **serving** while it is being stopped, and it ends not when it is told to but when the kernel has aborted every tag.
 - READ data is copied out of the buffer while the commit is being submitted; until then the buffer is in use.
+- A backend may be out of resources for a moment (ENOMEM): that request waits, see `back_pressure`.
 
 What this means: `Queue.run` shields itself from the scopes around it. It ends when all tags have ended. If serving
 itself fails, the queue first answers everything with EIO until the kernel has ended every tag, and only then lets the
@@ -23,6 +24,7 @@ from collections.abc import Awaitable, Callable, Iterator
 import attrs
 import trio
 
+from ublk_trio.back_pressure import WaitingLine
 from ublk_trio.buffer_pool import BufferPool, PoolStatistics
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.handlers import Handlers, Outcome, Serve
@@ -51,6 +53,7 @@ _READ = int(IoOp.READ)
 _OK = IO_RES_OK
 _DELIVERED = TagEvent.DELIVERED
 _COMMITTED = TagEvent.COMMIT
+_OUT_OF_RESOURCES = -errno.ENOMEM
 
 
 def _only_closed(error: BaseException) -> bool:
@@ -70,6 +73,9 @@ class QueueStatistics:
     bytes_written: int
     failed: int
     in_flight: int
+    #: Requests that the backend had no resources for (ENOMEM) and that wait to be tried again; and how many ever did.
+    waiting: int
+    waited_total: int
     ring: RingStatistics
     pool: PoolStatistics | None
 
@@ -87,7 +93,11 @@ class Queue:
         self.events: Iterator[Event] = iter(())
         #: Requests that waited for a buffer and have it now.
         self.ready: deque[Request] = deque()
-        self.refusing = False
+        #: Requests that the backend had no resources for.
+        self.line = WaitingLine()
+        #: New requests are not simply handed to the backend: they are refused, or others wait.
+        self.pressed = False
+        self._refusing = False
         #: The ring cannot be served to its end: it must be closed.
         self.must_close = False
         self.ended = trio.Event()
@@ -131,7 +141,7 @@ class Queue:
 
     def refuse(self) -> None:
         """From now on answer requests with EIO instead of calling the backend, and cancel the calls that still run."""
-        self.refusing = True
+        self._refusing = self.pressed = True
         if self._cancel_handlers is not None:
             self._cancel_handlers()
 
@@ -143,7 +153,26 @@ class Queue:
 
     def start(self, request: Request) -> int | Awaitable[Outcome]:
         """Begin to serve a request: its result, or what the backend wants awaited."""
-        return -errno.EIO if self.refusing else self.handlers.start(request)
+        return self._refusal() if self.pressed else self.handlers.start(request)
+
+    def _refusal(self) -> int:
+        """Instead of calling the backend: EIO, or what makes the request stand in line."""
+        return -errno.EIO if self._refusing else _OUT_OF_RESOURCES
+
+    def next_try(self) -> Request | None:
+        """The request whose turn it is to be tried again, if there is one now; see `try_again` and `answer_late`."""
+        return self.line.take()
+
+    def try_again(self, request: Request) -> int | Awaitable[Outcome]:
+        """As `start`, for what `next_try` gave."""
+        return -errno.EIO if self._refusing else self.handlers.start(request)
+
+    def serve_again(self, request: Request) -> None:
+        """As `serve`, for what `next_try` gave."""
+        result = self.try_again(request)
+        if not isinstance(result, int):
+            result = self.handlers.not_inline(request, result)
+        self.answer_late(request, result)
 
     def serve(self, request: Request) -> None:
         """Serve a request inline, and answer it."""
@@ -189,19 +218,39 @@ class Queue:
     def answer(self, request: Request, result: int) -> None:
         """Queue a request's commit and change its tag's state, with no await between: a commit is atomic.
 
-        Goes out with the next `flush`.
+        Goes out with the next `flush`. The result ENOMEM is no answer: the request stands in line instead.
         """
-        tag = request.tag
-        self.tags.step(tag, _COMMITTED)
-        self._answers.append((result << 32) | _COMMIT | tag)
-        op = request.op
-        self._counts[op] += 1
+        tag, op = request.tag, request.op
         if result < 0:
+            if result == _OUT_OF_RESOURCES and not self._refusing:
+                self._wait(request)
+                return
             self._failed += 1
         else:
             self._bytes[op] += result
+        self.tags.step(tag, _COMMITTED)
+        self._answers.append((result << 32) | _COMMIT | tag)
+        self._counts[op] += 1
         if self._pool is not None and op in _HAS_DATA:
             self._released.append(tag)
+
+    def answer_late(self, request: Request, result: int) -> None:
+        """As `answer`, for a request that the backend worked on for a while, or that stood in line."""
+        if result == _OUT_OF_RESOURCES and not self._refusing:
+            self.pressed = True
+            self.line.refused(request)
+            return
+        self.answer(request, result)
+        self.line.answered(request)
+        if self.pressed:
+            self.pressed = self._refusing or self.line.closed_to_new
+
+    def _wait(self, request: Request) -> None:
+        if self.pressed:
+            self.line.join(request)
+        else:
+            self.pressed = True
+            self.line.refused(request)
 
     def flush(self) -> None:
         """Send all answers in one call; then hand the buffers that came free to the requests that wait for one."""
@@ -277,6 +326,7 @@ class Queue:
         These get one as the others are answered, and are then refused like any new request.
         """
         self.ready.clear()
+        self.line.clear()
         for tag in list(self.tags.in_states(SERVER_OWES)):
             request = self._requests[tag]
             if self._pool is None or request.op not in _HAS_DATA or self.ring.slots[tag] != NO_SLOT:
@@ -305,6 +355,8 @@ class Queue:
             bytes_written=self._bytes[IoOp.WRITE],
             failed=self._failed,
             in_flight=self.tags.count(SERVER_OWES),
+            waiting=len(self.line),
+            waited_total=self.line.waited_total,
             ring=self.ring.statistics(),
             pool=self._pool.statistics() if self._pool is not None else None,
         )

@@ -20,6 +20,7 @@ leader is parked submits it at once; otherwise the leader will, since it always 
 from __future__ import annotations
 
 import errno
+import math
 import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ class _Crew:
         """Send a follower's answer, unless the leader is about to do so."""
         if self.leader_parked is not None:
             self.queue.flush()
-            if self.queue.ready:
+            if self.queue.ready or self.queue.pressed:
                 self.leader_parked.cancel()
 
     def cancel_suspended(self) -> None:
@@ -122,7 +123,7 @@ class _Worker:
         if self.request is not None:
             # Cancelled in the middle of a handler, which has no answer any more.
             crew.suspended.discard(self)
-            crew.queue.answer(self.request, -errno.EIO)
+            crew.queue.answer_late(self.request, -errno.EIO)
             crew.submit_late()
 
     async def _lead(self) -> None:
@@ -144,6 +145,12 @@ class _Worker:
                     crew.submit_late()
                     return
                 queue.flush()
+            if queue.pressed and (again := queue.next_try()) is not None:
+                await self._serve(again, again=True)
+                if crew.turn != turn:
+                    crew.submit_late()
+                    return
+                continue
             if queue.reap():
                 await trio.lowlevel.checkpoint()
             elif queue.tags.all_ended:
@@ -154,9 +161,9 @@ class _Worker:
                 await self._park()
                 queue.reap()
 
-    async def _serve(self, request: Request) -> None:
+    async def _serve(self, request: Request, *, again: bool = False) -> None:
         queue = self.crew.queue
-        result = queue.start(request)
+        result = queue.try_again(request) if again else queue.start(request)
         if not isinstance(result, int):
             self.request = request
             coroutine = result if isinstance(result, Coroutine) else _as_coroutine(result)
@@ -165,16 +172,24 @@ class _Worker:
             except Exception as exception:
                 result = queue.handlers.failed(request, exception)
             self.request = None
-            self.crew.suspended.discard(self)
-        queue.answer(request, result)
+            if self in self.crew.suspended:
+                self.crew.suspended.remove(self)
+                again = True
+        if again:
+            queue.answer_late(request, result)
+        else:
+            queue.answer(request, result)
 
     def _suspended(self) -> None:
+        assert self.request is not None
         self.crew.suspended.add(self)
+        self.crew.queue.line.began(self.request)
         self.crew.hand_over()
 
     async def _park(self) -> None:
         crew = self.crew
-        with trio.CancelScope() as crew.leader_parked:
+        deadline = crew.queue.line.deadline if crew.queue.pressed else math.inf
+        with trio.CancelScope(deadline=deadline) as crew.leader_parked:
             try:
                 await crew.queue.ring.wait()
             finally:

@@ -26,10 +26,17 @@ async def serve_inline(queue: Queue) -> None:
         while queue.ready:
             queue.serve(queue.ready.popleft())
             queue.flush()
+        if queue.pressed and (request := queue.next_try()) is not None:
+            queue.serve_again(request)
+            continue
         if queue.reap():
             await trio.lowlevel.checkpoint()
             continue
         if queue.tags.all_ended:
             return
-        await queue.ring.wait()
+        if queue.pressed:
+            with trio.move_on_at(queue.line.deadline):
+                await queue.ring.wait()
+        else:
+            await queue.ring.wait()
         queue.reap()

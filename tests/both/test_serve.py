@@ -169,6 +169,44 @@ class Trouble(Backend):
         return await self._act(len(data)) if offset == 0 else None
 
 
+class Scarce(Memory):
+    """Refuses two calls of three for want of resources."""
+
+    def __init__(self) -> None:
+        super().__init__(MIB)
+        self.calls = 0
+
+    def _spend(self) -> None:
+        self.calls += 1
+        if self.calls % 3:
+            raise OSError(errno.ENOMEM, "no resources")
+
+    def read(self, offset: int, buffer: memoryview) -> int | None:
+        self._spend()
+        return super().read(offset, buffer)
+
+    def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
+        self._spend()
+        return super().write(offset, data, fua=fua)
+
+
+@pytest.mark.parametrize(("serve", "mode", "queues"), WAYS)
+async def test_backend_without_resources(arm: Arm, serve: Serve, mode: DataMode, queues: int) -> None:
+    """A request that the backend has no resources for waits and is tried again: the application sees no error, and its data."""
+    options = DeviceOptions(serve=serve, mode=mode, queues=queues, depth=8, pool_buffers=2, max_io_bytes=64 * 1024)
+    with trio.fail_after(60):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Scarce(), options)
+            async with arm.open_disk(device) as disk:
+                report = WorkloadReport(disk=device.path)
+                await Workload(seed=1, seconds=40.0, operations=10, region_bytes=64 * 1024).run(disk, report)
+                statistics = device.statistics()
+    assert report.faults == []
+    assert statistics.failed == 0
+    assert sum(queue.waited_total for queue in statistics.queues) > 0
+    assert sum(queue.waiting for queue in statistics.queues) == 0
+
+
 @pytest.mark.parametrize(
     ("script", "seen"),
     [

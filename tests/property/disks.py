@@ -25,6 +25,7 @@ FIRST_WRITE = 1
 WELL: tuple[str, ...] = ("well",) * 6
 SHORT = ("short", "short")
 RAISES = ("OSError", "bug")
+BUSY = ("busy", "busy", "busy")
 ERRNOS = (errno.ENOSPC, errno.EPERM, errno.EOPNOTSUPP)
 
 
@@ -78,6 +79,8 @@ class Disk:
             outcomes += SHORT
         if "backend-raises" in faults:
             outcomes += RAISES
+        if "backend-busy" in faults:
+            outcomes += BUSY
         self.outcomes = outcomes
         self.hangs = "backend-hangs" in faults
         self.suspensions_max = suspensions_max if faults & {"backend-slow", "backend-hangs"} else 0
@@ -163,6 +166,9 @@ class Disk:
             number = ERRNOS[self.choose("errno", len(ERRNOS))]
             self.fail(call, number)
             raise OSError(number, "planned")
+        if outcome == "busy":
+            # Nobody may see that: the engine tries again.
+            raise OSError(errno.ENOMEM, "planned")
         if outcome == "bug":
             self.fail(call, errno.EIO)
             raise PlantedFaultError("planned")

@@ -15,6 +15,7 @@ from tests.property.pumped import PumpedRun
 from tests.property.served import Served
 from tests.property.tape import Tape
 from ublk_trio import DeviceOptions, KernelError, SimKernel, Target, open_target
+from ublk_trio.back_pressure import RETRY_SECONDS
 from ublk_trio.control import open_control
 
 PASSES_MAX = 3_000
@@ -24,6 +25,8 @@ FAILURES = frozenset({"backend-raises", "backend-short"})
 NOTICE_SECONDS = 31.0
 #: Deadlines that may pass while a target ends.
 DEADLINES_MAX = 50
+#: What sums of virtual seconds may be off.
+ROUNDING_SECONDS = 1e-6
 #: Errnos of commands that fail by a fault, by its name.
 COMMAND_ERRNOS = {"no-memory": errno.ENOMEM, "interrupted": errno.EINTR}
 
@@ -201,6 +204,11 @@ class EngineRun:
             served for served in self.served if served.sim is not None and devices.get(served.sim.dev_id) is served.sim
         ]
 
+    @property
+    def tries_again_soon(self) -> bool:
+        """A deadline is so near that it can only be that of requests that the backend had no resources for."""
+        return self.pumped.seconds_to_next_deadline <= RETRY_SECONDS + ROUNDING_SECONDS
+
     def stop_scopes(self) -> list[trio.CancelScope]:
         return [scope for served in self.served if served.stops_running for scope in served.stop_scopes]
 
@@ -274,8 +282,15 @@ class EngineRun:
         demand(self.ended, "a stop is bounded", f"the target has not ended; {waiting} are running")
 
     def _rest(self) -> None:
+        """Until nothing more happens by itself, but for what the backends hold and deadlines that are none of theirs."""
         self.run_until_idle()
         self.check()
+        for _ in range(DEADLINES_MAX):
+            if not self.tries_again_soon:
+                return
+            self.let_time_pass(self.pumped.seconds_to_next_deadline)
+            self.run_until_idle()
+            self.check()
 
 
 def _delete_devices(kernel: SimKernel) -> None:

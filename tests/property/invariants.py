@@ -10,7 +10,7 @@
 | the tag tables agree | engine and simulator say the same of each tag; strictly when nothing is runnable |
 | every buffer is in one place | free, or on one tag |
 | the backend is used well | open exactly while it is called, closed once, no call running then, no call out of bounds |
-| nothing hangs | nothing is runnable, the backends hold nothing, and yet something has not ended |
+| nothing hangs | nothing is runnable, the backends hold nothing, nothing is tried again soon, and yet something has not ended |
 | a stop is bounded | … whatever the backends hold |
 | nothing fails unasked | every task's exceptions are planned ones |
 | nothing is left | in the kernel and of the operations, when the target has ended |
@@ -70,6 +70,8 @@ def _check_devices(run: EngineRun, *, idle: bool) -> None:
 
 def _check_progress(run: EngineRun, now: float) -> None:
     held = [call for served in run.served for call in served.disk.running]
+    if not held and run.tries_again_soon:
+        return
     for served in run.served:
         if not held:
             _demand_settled(run, served)

@@ -7,6 +7,7 @@ are the mistakes that servers of this kind make in earnest; most do nothing in a
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from unittest import mock
 
 import trio
 
+from ublk_trio.back_pressure import WaitingLine
 from ublk_trio.device import Device
 from ublk_trio.handlers import Handlers, Outcome
 from ublk_trio.kernel_sim.ring import SimQueueRing
@@ -283,7 +285,7 @@ def stop_forgets_the_refusal() -> Iterator[None]:
     """A stop that has lost its patience does not cancel the handlers that still run."""
 
     def refuse(queue: Queue) -> None:
-        queue.refusing = True
+        queue._refusing = queue.pressed = True
 
     with mock.patch.object(Queue, "refuse", refuse):
         yield
@@ -403,6 +405,40 @@ def gone_device_still_listed() -> Iterator[None]:
             target._devices |= listed
 
     with mock.patch.object(Target, "_hold", keeping):
+        yield
+
+
+@_planted
+def out_of_resources_is_an_error() -> Iterator[None]:
+    """A request that the backend has no resources for is answered with ENOMEM."""
+    failed = Handlers.failed
+
+    def impatient(handlers: Handlers, request: Request, exception: BaseException) -> int:
+        result = failed(handlers, request, exception)
+        return -errno.EIO if result == -errno.ENOMEM else result
+
+    with mock.patch.object(Handlers, "failed", impatient):
+        yield
+
+
+@_planted
+def waits_for_an_answer_that_never_comes() -> Iterator[None]:
+    """A request that waits for resources is tried again only when another one was answered."""
+    with mock.patch.object(WaitingLine, "deadline", math.inf):
+        yield
+
+
+@_planted
+def second_buffer_for_a_retry() -> Iterator[None]:
+    """A request that is tried again takes another buffer from the pool."""
+    try_again = Queue.try_again
+
+    def greedy(queue: Queue, request: Request) -> int | Awaitable[Outcome]:
+        if queue._pool is not None and request.op in _DATA_OPS and queue._pool._free:
+            queue._take_buffer(request)
+        return try_again(queue, request)
+
+    with mock.patch.object(Queue, "try_again", greedy):
         yield
 
 

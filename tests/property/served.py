@@ -145,7 +145,7 @@ class Served:
                 self._check_pool(queue)
             if idle:
                 demand(not queue._answers, "the tag tables agree", f"{self}: answers were not sent")
-                serving += sum(self._is_served(queue, tag) for tag in queue.tags.in_states(_SERVING))
+                serving += sum(self._is_served(queue, tag) for tag in queue.tags.in_states(_SERVING)) - len(queue.line)
         if idle:
             running = [call for call in self.disk.running if call.name not in ("open", "close")]
             demand(

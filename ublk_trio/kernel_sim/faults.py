@@ -146,6 +146,13 @@ FAULTS: tuple[Fault, ...] = (
         choices=("suspensions", "suspend …", "clean up"),
     ),
     Fault(
+        name="backend-busy",
+        layer=Layer.BACKEND,
+        happens="a method raises ENOMEM, at once or after it suspended: the backend is out of resources for now",
+        permitted="no request fails by that: it waits in line, and is tried again",
+        choices=("outcome",),
+    ),
+    Fault(
         name="lost-cache",
         layer=Layer.STORAGE,
         happens="in a crash some of the writes since the last flush are lost, each whole",
