@@ -20,9 +20,19 @@ from contextlib import asynccontextmanager, suppress
 import attrs
 import trio
 
-from ublk_trio.errors import ENOTSUPP, KernelError, errno_text
+from ublk_trio.errors import ENOTSUPP, KernelError, UsageError, errno_text
 from ublk_trio.ring import ControlRing, Kernel
-from ublk_trio.uapi import ANY_DEVICE_ID, FEATURES_LEN, ControlCommand, DeviceState, DevInfo, Feature, Params
+from ublk_trio.uapi import (
+    ANY_DEVICE_ID,
+    FEATURE_RELEASE,
+    FEATURES_LEN,
+    SECTOR_SHIFT,
+    ControlCommand,
+    DeviceState,
+    DevInfo,
+    Feature,
+    Params,
+)
 
 #: What a driver answers to a command that it does not know. Before Linux 6.14 it was ENOTSUPP, the kernel's own.
 UNKNOWN_COMMAND = frozenset({errno.EOPNOTSUPP, ENOTSUPP})
@@ -52,6 +62,7 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (ControlCommand.START_USER_RECOVERY, errno.EBUSY): "it still has a server, or is not waiting for one",
     (ControlCommand.END_USER_RECOVERY, errno.EINTR): "it was stopped while it was being taken over",
     (ControlCommand.END_USER_RECOVERY, errno.EBUSY): "it was stopped, or another server took it over",
+    (ControlCommand.UPDATE_SIZE, errno.ENODEV): "it has no disk any more: it was stopped",
 }
 
 
@@ -74,6 +85,15 @@ class Control:
     def ioctl_encoded(self) -> bool:
         """Whether commands go in ioctl encoding."""
         return self.features is not None and Feature.CMD_IOCTL_ENCODE in self.features
+
+    def need(self, feature: Feature, what: str) -> None:
+        """Raise `UsageError` unless the kernel offers a feature; ``what`` is what it is needed for, as a verb."""
+        if self.features is None or feature not in self.features:
+            raise UsageError(
+                "this kernel cannot {}: its driver has no {}, which came with Linux {}.{}".format(
+                    what, feature.name, *FEATURE_RELEASE[feature]
+                )
+            )
 
     async def _submit(
         self,
@@ -133,6 +153,11 @@ class Control:
     async def stop_device(self, dev_id: int) -> None:
         """STOP_DEV. The kernel holds it until every delivered request is committed."""
         await self._submit(ControlCommand.STOP_DEV, dev_id)
+
+    async def update_size(self, dev_id: int, size: int) -> None:
+        """UPDATE_SIZE: the disk is so many bytes now. Raises `UsageError` before Linux 6.16."""
+        self.need(Feature.UPDATE_SIZE, "change the size of a live disk")
+        await self._submit(ControlCommand.UPDATE_SIZE, dev_id, data=size >> SECTOR_SHIFT)
 
     async def delete_device(self, dev_id: int) -> None:
         """DEL_DEV. The kernel holds it until the char device and the disk are closed by everybody.

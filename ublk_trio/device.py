@@ -125,6 +125,7 @@ class Device:
         self._hopeless = trio.Event()
         self._closed = trio.Event()
         self._stopping = False
+        self._resizing = trio.Lock()
         # Who stops a device from outside deletes it, too: then its id is free, and soon another's, from the moment when
         # we close the char device. So it is deleted while that is still open, and the id surely ours.
         self._stopped_by_others = False
@@ -150,8 +151,24 @@ class Device:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes: the backend's."""
         return self.backend.size
+
+    async def update_size(self) -> None:
+        """Tell the kernel that the backend's size has changed: whoever uses the disk sees the new one. For a live disk.
+
+        A backend grows before this, and shrinks before it too: it must fail requests beyond its new end, of which some may be
+        under way. Raises `UsageError` where the kernel cannot do it (before Linux 6.16), for a size that is not
+        possible, and when the disk is being stopped; `KernelError` when the kernel refuses. Then the disk keeps its size.
+        Not cancellable once the kernel was told, which is a moment; several calls come one after the other.
+        """
+        async with self._resizing:
+            if self._stop_asked.is_set():
+                raise UsageError(f"device {self.dev_id} is being stopped: its size cannot be changed any more")
+            check_geometry(self.backend)
+            with trio.CancelScope(shield=True):
+                await self._control.update_size(self.dev_id, self.backend.size)
+            logger.info("device %d: %s has %d bytes now", self.dev_id, self.path, self.backend.size)
 
     @property
     def read_only(self) -> bool:

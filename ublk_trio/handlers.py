@@ -9,6 +9,7 @@ A result is a number of bytes (READ, WRITE), 0 (everything else), or a negative 
   tried again (`back_pressure`).
 - `trio.TooSlowError`, what `trio.fail_after` raises, is ETIMEDOUT.
 - Any other exception is EIO, and is logged with its traceback, once per kind (its type and the operation).
+- A request that lies beyond the backend's end, because the disk has shrunk, is EIO, whatever its method raises.
 - A short READ is committed as it is: the kernel asks again for the rest. A READ of 0 bytes is EIO.
 - A short WRITE is EIO: since Linux 7.2 the kernel takes any result >= 0 of a write as all of it, so a short count
   must never be committed.
@@ -138,6 +139,9 @@ class Handlers:
             return -cause.errno
         if isinstance(cause, trio.TooSlowError):
             return -errno.ETIMEDOUT
+        if request.offset + request.length > self.backend.size:
+            # The disk shrank under a request: no wonder that the method stumbles over it.
+            return -errno.EIO
         kind = (type(cause), request.op)
         if kind not in self._logged:
             self._logged.add(kind)

@@ -23,6 +23,8 @@ Some facts, and what they mean for a backend:
 - *Results.* None means "all of it"; an int is the number of bytes done. The kernel asks again for the rest of a short
   read; a short write fails with EIO, because the kernel can't be told of one. An `OSError` fails the request with its
   errno (one without an errno, and any other exception, with EIO) and nothing else.
+- *Out of resources.* ``OSError`` with ENOMEM, or the result ``-errno.ENOMEM``, fails nothing: the request waits, and the method is
+  called again with the same arguments, a little later or when another request was answered.
 - *Threads.* Every method runs in Trio's thread. A plain ``def`` is called in the middle of the loop that serves the
   queue: it must not wait for anything slow. An ``async def`` may wait; a backend with any of those is served by the
   asynchronous engine.
@@ -86,7 +88,8 @@ class _Derived:
 class Backend(ABC):
     """A disk. Subclasses define `read`, set `size`, and override what else they need; see the module for the contract.
 
-    The attributes are read after `open` returned, once; changing them later has no effect on a live device.
+    The attributes are read after `open` returned, once; changing them later has no effect on a live device. But the size: it may
+    change, and `Device.update_size` then tells the kernel.
     """
 
     #: Bytes; a multiple of `block_size`. Known at the latest when `open` returned.
