@@ -63,6 +63,7 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (ControlCommand.END_USER_RECOVERY, errno.EINTR): "it was stopped while it was being taken over",
     (ControlCommand.END_USER_RECOVERY, errno.EBUSY): "it was stopped, or another server took it over",
     (ControlCommand.UPDATE_SIZE, errno.ENODEV): "it has no disk any more: it was stopped",
+    (ControlCommand.TRY_STOP_DEV, errno.ENODEV): "it has no disk: it was not started, or stopped already",
 }
 
 
@@ -153,6 +154,11 @@ class Control:
     async def stop_device(self, dev_id: int) -> None:
         """STOP_DEV. The kernel holds it until every delivered request is committed."""
         await self._submit(ControlCommand.STOP_DEV, dev_id)
+
+    async def try_stop_device(self, dev_id: int) -> None:
+        """TRY_STOP_DEV: as STOP_DEV, but EBUSY while somebody has the disk open. Raises `UsageError` before Linux 7.0."""
+        self.need(Feature.SAFE_STOP_DEV, "stop a disk only if nobody uses it")
+        await self._submit(ControlCommand.TRY_STOP_DEV, dev_id)
 
     async def update_size(self, dev_id: int, size: int) -> None:
         """UPDATE_SIZE: the disk is so many bytes now. Raises `UsageError` before Linux 6.16."""

@@ -62,6 +62,17 @@ def already_gone_is_fine() -> Iterator[None]:
             raise
 
 
+async def try_stop(kernel: Kernel, control: Control, dev_id: int) -> None:
+    """TRY_STOP_DEV; its EBUSY says who uses the disk."""
+    try:
+        await control.try_stop_device(dev_id)
+    except KernelError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        users = ", ".join(kernel.disk_users(dev_id)) or f"`fuser -vam {kernel.disk_path(dev_id)}` may tell who"
+        raise KernelError(errno.EBUSY, f"device {dev_id} is in use: {users}") from None
+
+
 def _check_is_backend(backend: object) -> None:
     if not isinstance(backend, Backend):
         raise UsageError(f"{backend!r} is not a backend: give an instance of a subclass of ublk_trio.Backend")
@@ -126,6 +137,7 @@ class Device:
         self._closed = trio.Event()
         self._stopping = False
         self._resizing = trio.Lock()
+        self._trying_to_stop = 0
         # Who stops a device from outside deletes it, too: then its id is free, and soon another's, from the moment when
         # we close the char device. So it is deleted while that is still open, and the id surely ours.
         self._stopped_by_others = False
@@ -185,6 +197,30 @@ class Device:
     def ask_to_stop(self) -> None:
         """Begin to stop; returns at once. Repeatable."""
         self._stop_asked.set()
+
+    async def stop_if_unused(self) -> None:
+        """Begin to stop if nobody has the disk open; the kernel decides that, so that nobody can slip in between.
+
+        Raises `KernelError` with EBUSY, and who uses the disk, if somebody does: then it goes on as before. Raises `UsageError`
+        where the kernel cannot do it (before Linux 7.0), and `StuckError` when it has not answered within the grace time, because the
+        backend does not: then `ask_to_stop` is what helps. Cancelled, it may stop or not. Fine for a disk that is being
+        stopped already.
+        """
+        if self._stop_asked.is_set():
+            return
+        self._trying_to_stop += 1
+        try:
+            with trio.move_on_after(self.options.grace_seconds) as scope:
+                with already_gone_is_fine():
+                    await try_stop(self._kernel, self._control, self.dev_id)
+                self._stop_asked.set()
+            if scope.cancelled_caught:
+                raise StuckError(
+                    f"device {self.dev_id}: the kernel did not say within {self.options.grace_seconds:g} s whether anybody "
+                    f"uses it; not answered: {self._held() or 'nothing'}"
+                )
+        finally:
+            self._trying_to_stop -= 1
 
     async def wait_closed(self) -> None:
         """Wait until the device is gone: deleted in the kernel, backend closed. Cancelling the wait stops nothing."""
@@ -360,7 +396,7 @@ class Device:
         await queue.run(self._queue_failed)
         # Queues end when the kernel has aborted their tags: if that was not our doing, somebody else stopped the
         # device.
-        self._stopped_by_others |= not self._stopping
+        self._stopped_by_others |= not (self._stopping or self._trying_to_stop)
         self._stop_asked.set()
 
     def _queue_failed(self, queue: Queue, error: BaseException) -> None:

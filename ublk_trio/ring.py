@@ -185,3 +185,7 @@ class Kernel(Protocol):
     def disk_path(self, dev_id: int) -> str:
         """The path by which users know the disk, ``/dev/ublkbN``."""
         ...
+
+    def disk_users(self, dev_id: int) -> list[str]:
+        """Who has the disk open, in words, as far as this process may know. For messages: it may be wrong a moment later."""
+        ...

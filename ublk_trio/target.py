@@ -76,12 +76,16 @@ class Target:
         device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions(), recoverable)
         return device
 
-    async def stop_device(self, device: Device) -> None:
+    async def stop_device(self, device: Device, *, only_if_unused: bool = False) -> None:
         """Stop a disk; return when it is gone. Raises what made it fail, if it did.
 
-        Cancelling the wait does not undo the stop.
+        With ``only_if_unused`` a disk that somebody has open goes on as before, and the call raises `KernelError` with EBUSY and
+        who that is; or `UsageError` where the kernel cannot tell (before Linux 7.0). Cancelling the wait does not undo the stop.
         """
-        device.ask_to_stop()
+        if only_if_unused:
+            await device.stop_if_unused()
+        else:
+            device.ask_to_stop()
         await self.wait_device(device)
 
     async def wait_device(self, device: Device) -> None:

@@ -14,10 +14,10 @@ from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json, print_rows
 from ublk_trio.cli.records import recorded_backend, remove_record
 from ublk_trio.control import Control, open_control
-from ublk_trio.device import already_gone_is_fine
+from ublk_trio.device import already_gone_is_fine, try_stop
 from ublk_trio.errors import KernelError, StuckError, UsageError
 from ublk_trio.real import RealKernel
-from ublk_trio.uapi import SECTOR_SHIFT
+from ublk_trio.uapi import SECTOR_SHIFT, Feature
 
 _COLUMNS = ("id", "disk", "state", "backend", "queues", "depth", "size", "flags", "pid")
 
@@ -77,11 +77,14 @@ async def list_devices(*, json: Annotated[bool, Parameter(negative="")] = False)
     return ExitCode.OK
 
 
-async def _stop_one(kernel: RealKernel, control: Control, dev_id: int, seconds: float) -> None:
-    """STOP_DEV, then DEL_DEV; both waits bounded together."""
+async def _stop_one(kernel: RealKernel, control: Control, dev_id: int, seconds: float, *, if_unused: bool) -> None:
+    """STOP_DEV or TRY_STOP_DEV, then DEL_DEV; both waits bounded together."""
     step = "STOP_DEV"
     with trio.move_on_after(seconds) as scope:
-        await control.stop_device(dev_id)
+        if if_unused:
+            await try_stop(kernel, control, dev_id)
+        else:
+            await control.stop_device(dev_id)
         step = "DEL_DEV"
         with already_gone_is_fine():
             await control.delete_device(dev_id)
@@ -100,6 +103,7 @@ async def _stop_one(kernel: RealKernel, control: Control, dev_id: int, seconds: 
 async def stop(
     *ids: int,
     all: Annotated[bool, Parameter(negative="")] = False,
+    if_unused: Annotated[bool, Parameter(negative="")] = False,
     seconds: float = 30.0,
 ) -> int:
     """Stop and delete ublk devices, whoever serves them, and also those whose server was killed.
@@ -110,6 +114,8 @@ async def stop(
         Device ids: the N of /dev/ublkbN.
     all
         All of this machine's.
+    if_unused
+        Leave a disk alone that somebody has open, and say who; needs Linux 7.0.
     seconds
         How long to wait for each.
     """
@@ -122,9 +128,11 @@ async def stop(
     kernel = RealKernel()
     failures: list[Exception] = []
     async with open_control(kernel) as control:
+        if if_unused:
+            control.need(Feature.SAFE_STOP_DEV, "stop a disk only if nobody uses it")
         for dev_id in kernel.device_ids() if all else dict.fromkeys(ids):
             try:
-                await _stop_one(kernel, control, dev_id, seconds)
+                await _stop_one(kernel, control, dev_id, seconds, if_unused=if_unused)
             except (KernelError, StuckError) as error:
                 failures.append(error)
     if failures:

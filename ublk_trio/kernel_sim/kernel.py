@@ -163,6 +163,11 @@ class SimKernel:
     def disk_path(self, dev_id: int) -> str:
         return f"/dev/ublkb{dev_id}"
 
+    def disk_users(self, dev_id: int) -> list[str]:
+        device = self.devices.get(dev_id)
+        openers = device.disk.openers if device is not None and device.disk is not None else 0
+        return [f"{openers} simulated programs"] if openers else []
+
     def char_path(self, dev_id: int) -> str:
         """``/dev/ublkcN``."""
         return f"/dev/ublkc{dev_id}"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from ublk_trio.real.char_device import RealCharDevice, open_char_device
 from ublk_trio.real.control import RealControlRing
+from ublk_trio.real.users import users_of
 from ublk_trio.uapi import DevInfo
 
 if TYPE_CHECKING:
@@ -54,6 +55,9 @@ class RealKernel:
 
     def disk_path(self, dev_id: int) -> str:
         return f"/dev/ublkb{dev_id}"
+
+    def disk_users(self, dev_id: int) -> list[str]:
+        return users_of(self.disk_path(dev_id))
 
 
 if TYPE_CHECKING:
