@@ -136,6 +136,8 @@ class Device:
         self._hopeless = trio.Event()
         self._closed = trio.Event()
         self._stopping = False
+        #: What made it fail, once it was live and is gone.
+        self.failure: Exception | None = None
         self._resizing = trio.Lock()
         self._trying_to_stop = 0
         # Who stops a device from outside deletes it, too: then its id is free, and soon another's, from the moment when
@@ -193,6 +195,11 @@ class Device:
         """How its requests are served."""
         assert self._handlers is not None
         return self._handlers.choose_serve(self.options.serve)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it has begun to stop, for whatever reason, or is gone."""
+        return self._stop_asked.is_set() or self._stopping
 
     def ask_to_stop(self) -> None:
         """Begin to stop; returns at once. Repeatable."""

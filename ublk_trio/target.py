@@ -42,7 +42,9 @@ class Target:
         self._nursery = nursery
         # Not by id: the kernel gives an id away again while the device that had it still closes its backend.
         self._devices: set[Device] = set()
-        self._failures: dict[Device, Exception] = {}
+        #: Failures that nobody has got yet.
+        self._unseen: dict[Device, Exception] = {}
+        self._starts: set[trio.CancelScope] = set()
         self._closed = False
 
     @property
@@ -68,13 +70,29 @@ class Target:
         """
         if any(device.dev_id == dev_id for device in self._devices):
             raise UsageError(f"device {dev_id} is live: this target serves it")
-        return await self._begin(backend, options, await find_recoverable(self._control, dev_id))
+        return await self._begin(backend, options, dev_id)
 
-    async def _begin(self, backend: Backend, options: DeviceOptions | None, recoverable: Recoverable | None) -> Device:
+    async def _begin(self, backend: Backend, options: DeviceOptions | None, recovers: int | None) -> Device:
+        """Start or recover a device. Ends when the target is closed, which waits for it: whoever calls may not be inside its
+        block."""
         if self._closed:
             raise UsageError("the target is closed: start devices inside its block")
-        device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions(), recoverable)
-        return device
+        with trio.CancelScope() as scope:
+            self._starts.add(scope)
+            try:
+                recoverable = None if recovers is None else await find_recoverable(self._control, recovers)
+                device: Device = await self._nursery.start(self._hold, backend, options or DeviceOptions(), recoverable)
+            finally:
+                self._starts.remove(scope)
+            return device
+        raise UsageError("the target was closed while the device was starting")
+
+    def _close(self) -> None:
+        """No more starts; those under way end. Every device begins to stop."""
+        self._closed = True
+        for scope in self._starts:
+            scope.cancel()
+        self._nursery.cancel_scope.cancel()
 
     async def stop_device(self, device: Device, *, only_if_unused: bool = False) -> None:
         """Stop a disk; return when it is gone. Raises what made it fail, if it did.
@@ -89,11 +107,11 @@ class Target:
         await self.wait_device(device)
 
     async def wait_device(self, device: Device) -> None:
-        """Wait until a disk is gone, for whatever reason. Raises what made it fail, if it did."""
+        """Wait until a disk is gone, for whatever reason. Raises what made it fail, if it did: to everybody who asks."""
         await device.wait_closed()
-        failure = self._failures.pop(device, None)
-        if failure is not None:
-            raise failure
+        self._unseen.pop(device, None)
+        if device.failure is not None:
+            raise device.failure
 
     def statistics(self) -> TargetStatistics:
         """A snapshot."""
@@ -117,13 +135,13 @@ class Target:
             # What we raise on purpose says all in its message; anything else needs its traceback.
             surprise = None if isinstance(failure, UblkError) else failure
             logger.error("device %d failed: %s", device.dev_id, failure, exc_info=surprise)
-            self._failures[device] = failure
+            device.failure = self._unseen[device] = failure
         finally:
             if live.reported:
                 self._devices.remove(device)
 
     def _raise_unseen(self) -> None:
-        failures = list(self._failures.values())
+        failures = list(self._unseen.values())
         if len(failures) == 1:
             raise failures[0]
         if failures:
@@ -160,6 +178,5 @@ async def open_target(kernel: Kernel) -> AsyncIterator[Target]:
             try:
                 yield target
             finally:
-                target._closed = True
-                nursery.cancel_scope.cancel()
+                target._close()
         target._raise_unseen()
