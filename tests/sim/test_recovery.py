@@ -560,3 +560,17 @@ async def test_reissue_loses_nothing(version: tuple[int, int], seed: int) -> Non
                     queue.commit(event.tag, 512)
         assert [bio.result for bio in bios] == [512] * 10
     kernel.check()
+
+
+@VERSIONS
+async def test_stop_goes_on_when_the_server_has_answered(version: tuple[int, int]) -> None:
+    """STOP_DEV fails what is held as soon as the server has nothing left, also when its last request was a part of an operation."""
+    with trio.fail_after(5):
+        async with machine(make_kernel(version)) as m, live(m, depth=1, flags=R) as device:
+            bio = device.disk.submit(IoOp.READ, 0, 2 * device.info.max_io_buf_bytes)
+            event = device.queue.event()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(m.stop)
+                await wait_all_tasks_blocked()
+                device.queue.commit(event.tag, event.length)
+                assert await bio.wait() == -errno.EIO

@@ -330,6 +330,9 @@ class SimQueue(HardwareQueue):
         else:
             self._release(tag)
             request.end(end)
+            if self.device.quiesced:
+                # Somebody may wait for the server to have nothing left, and the operation may have other requests to come.
+                self.device.kernel.changed()
 
     def _get_data(self, ring: CommandRing, tag: SimTag, address: int) -> int:
         tag.flags = ACTIVE | NEED_GET_DATA
