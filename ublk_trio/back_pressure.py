@@ -41,7 +41,8 @@ class WaitingLine:
         self._waited: set[int] = set()
         self._probe: Request | None = None
         self._refused = False
-        self._held = False
+        #: Nobody is tried any more.
+        self.held = False
         self._due = -math.inf
         self.waited_total = 0
 
@@ -51,11 +52,16 @@ class WaitingLine:
     @property
     def closed_to_new(self) -> bool:
         """Whether a new request has to stand in line."""
-        return bool(self._line) or self._probe is not None or self._held
+        return bool(self._line) or self._probe is not None or self.held
+
+    @property
+    def under_way(self) -> int:
+        """How many requests the backend works on."""
+        return len(self._arrivals) - len(self._line)
 
     def hold(self) -> None:
         """From now on nobody is tried any more, and who comes has to wait."""
-        self._held = True
+        self.held = True
 
     def began(self, request: Request) -> None:
         """The backend took a request and works on it."""
@@ -91,7 +97,7 @@ class WaitingLine:
 
     def take(self) -> Request | None:
         """Who is to be tried now, if anybody; it must become `refused` or `answered`."""
-        if not self._line or self._probe is not None or self._held or trio.current_time() < self._due:
+        if not self._line or self._probe is not None or self.held or trio.current_time() < self._due:
             return None
         request = heapq.heappop(self._line)[1]
         if self._refused:
@@ -101,7 +107,7 @@ class WaitingLine:
     @property
     def deadline(self) -> float:
         """When `take` will have somebody, on Trio's clock, if nothing is answered meanwhile; infinite if that is not known."""
-        return self._due if self._line and self._probe is None and not self._held else math.inf
+        return self._due if self._line and self._probe is None and not self.held else math.inf
 
     def clear(self) -> None:
         """Forget all who wait: their answers come from elsewhere."""

@@ -38,6 +38,7 @@ from ublk_trio.uapi import (
 UNKNOWN_COMMAND = frozenset({errno.EOPNOTSUPP, ENOTSUPP})
 #: Between two looks at a device that is to go.
 _LOOK_SECONDS = 0.02
+_U32_MAX = (1 << 32) - 1
 _GONE = "there is no such device; `ublk-trio list` shows which there are"
 _UNKNOWN = "this kernel's ublk driver does not know the command"
 _NOT_ALLOWED = "the kernel lets only root (CAP_SYS_ADMIN) do that"
@@ -142,6 +143,14 @@ class Control:
     async def start_device(self, dev_id: int) -> None:
         """START_DEV. The kernel holds it until every tag is fetched, and may read the disk before it answers."""
         await self._submit(ControlCommand.START_DEV, dev_id, data=os.getpid())
+
+    async def quiesce_device(self, dev_id: int, *, seconds: float) -> None:
+        """QUIESCE_DEV: from now on nothing is given to the server, and the commands of its idle tags end.
+
+        The kernel waits up to ``seconds`` for an idle tag of each queue; EBUSY is that there was none: then nothing is given to the
+        server either.
+        """
+        await self._submit(ControlCommand.QUIESCE_DEV, dev_id, data=min(max(1, int(seconds * 1000)), _U32_MAX))
 
     async def start_recovery(self, dev_id: int) -> None:
         """START_USER_RECOVERY: the device expects a new server."""

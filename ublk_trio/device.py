@@ -7,9 +7,9 @@ that writes the disk's dirty pages back through us):
     backend open → ADD_DEV → SET_PARAMS → char device open → rings, every tag fetched → START_DEV → live
     STOP_DEV → queues end → rings exit and unmap → char device close → DEL_DEV → backend close
 
-A device that is taken over from a server that died begins with START_USER_RECOVERY instead of ADD_DEV and SET_PARAMS, and
+A device that is taken over from another server begins with START_USER_RECOVERY instead of ADD_DEV and SET_PARAMS, and
 END_USER_RECOVERY instead of START_DEV. Until it is live and handed out it is not ours: what fails before lets go of it, and
-leaves it as it was, to be recovered another time.
+leaves it as it was, to be recovered another time. One that is released ends without STOP_DEV and DEL_DEV.
 
 Whatever ends it (a stop, the surrounding scope cancelled, a failure half way up), it goes down the same stairs from
 where it stands.
@@ -36,7 +36,7 @@ from ublk_trio.control import Control, open_control
 from ublk_trio.errors import KernelError, StuckError, UsageError
 from ublk_trio.handlers import Handlers, Serve
 from ublk_trio.nursery import open_plain_nursery
-from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions
+from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
 from ublk_trio.params import params_of
 from ublk_trio.queue import Queue, QueueStatistics
 from ublk_trio.recovery import Recoverable, find_recoverable, recovery_of, start_recovery
@@ -50,6 +50,9 @@ logger = logging.getLogger("ublk_trio.device")
 REFUSE_SECONDS = 5.0
 #: Seconds that DEL_DEV may take. It takes long only while somebody else has the disk open.
 DELETE_SECONDS = 5.0
+#: Seconds between two looks at whether everything is answered, before a disk is let go. In between Trio waits in the kernel, which
+#: thereby hands over whatever it had on its way to us.
+_LOOK_SECONDS = 0.005
 
 
 @contextmanager
@@ -140,6 +143,7 @@ class Device:
         self.failure: Exception | None = None
         self._resizing = trio.Lock()
         self._trying_to_stop = 0
+        self._releasing = False
         # Who stops a device from outside deletes it, too: then its id is free, and soon another's, from the moment when
         # we close the char device. So it is deleted while that is still open, and the id surely ours.
         self._stopped_by_others = False
@@ -204,6 +208,36 @@ class Device:
     def ask_to_stop(self) -> None:
         """Begin to stop; returns at once. Repeatable."""
         self._stop_asked.set()
+
+    def ask_to_release(self) -> None:
+        """Begin to let go of the disk without stopping it, so that another server can take it over; returns at once. Repeatable.
+
+        What the server has is answered first, and what comes waits for the next server: who uses the disk sees a pause and no
+        error. With `Recovery.FAIL` what comes fails, as that promises. `released` says whether it came to that.
+
+        Raises `UsageError` for a disk without recovery, for one that is being stopped, and for one with `Recovery.REQUEUE` on a
+        kernel before Linux 6.16: that has no way to hold requests back, and would fail those that it has just handed over.
+        """
+        if self._releasing:
+            return
+        if self.stopping:
+            raise UsageError(f"device {self.dev_id} is being stopped: it cannot be released any more")
+        if self.options.recovery is Recovery.OFF:
+            raise UsageError(
+                f"device {self.dev_id} was made without recovery: it cannot be released; start it with --recovery another time"
+            )
+        if self.options.recovery is Recovery.REQUEUE and Feature.QUIESCE not in self.info.flags:
+            raise UsageError(
+                f"device {self.dev_id} cannot be released without failing requests: recovery requeue needs QUIESCE for that, which "
+                "came with Linux 6.16; with recovery reissue older kernels can do it"
+            )
+        self._releasing = True
+        self._stop_asked.set()
+
+    @property
+    def released(self) -> bool:
+        """Whether it was let go, and is there for another server to take it over."""
+        return self._releasing and not self._owned
 
     async def stop_if_unused(self) -> None:
         """Begin to stop if nobody has the disk open; the kernel decides that, so that nobody can slip in between.
@@ -276,6 +310,8 @@ class Device:
             flags |= Feature.CMD_IOCTL_ENCODE
         if self.options.mode is DataMode.GET_DATA:
             flags |= Feature.NEED_GET_DATA
+        if self.options.recovery is not Recovery.OFF and self._control.features is not None:
+            flags |= self._control.features & Feature.QUIESCE
         return flags | RECOVERY_FLAGS[self.options.recovery]
 
     @asynccontextmanager
@@ -303,7 +339,8 @@ class Device:
             await control.set_params(info.dev_id, params_of(self._handlers, max_io_bytes=info.max_io_buf_bytes))
             yield
         finally:
-            await self._delete(info.dev_id)
+            if self._owned:
+                await self._delete(info.dev_id)
 
     @asynccontextmanager
     async def _taken_over(self, recoverable: Recoverable) -> AsyncIterator[None]:
@@ -377,10 +414,13 @@ class Device:
             finally:
                 with trio.CancelScope(shield=True):
                     try:
-                        if self._owned:
-                            await self._stop_serving()
-                        else:
+                        if not self._owned:
+                            logger.info("device %d: not taken over", self.dev_id)
                             await self._let_go()
+                        elif self._releasing:
+                            await self._release()
+                        else:
+                            await self._stop_serving()
                     finally:
                         # Whatever went wrong there: without its ring no queue can go on for ever.
                         self._close_rings()
@@ -444,9 +484,59 @@ class Device:
                 f"device {self.dev_id} had to be torn from the kernel; not answered: {stuck or 'STOP_DEV'}"
             )
 
+    async def _release(self) -> None:
+        """Answer what we have, take nothing more, and let go."""
+        logger.info("device %d: being released", self.dev_id)
+        self._stopping = True
+        if Feature.QUIESCE in self.info.flags:
+            if not await self._quiesce():
+                await self._stop_serving()
+                return
+        else:
+            for queue in self._queues:
+                queue.hold()
+        held = "" if await self._done_while_progressing() else self._held()
+        self._owned = False
+        await self._let_go()
+        logger.info("device %d: released; it waits for another server", self.dev_id)
+        if held:
+            raise StuckError(
+                f"device {self.dev_id} was released with requests that the backend had not answered, of which becomes what "
+                f"recovery {self.options.recovery.value} says: {held}"
+            )
+
+    async def _quiesce(self) -> bool:
+        """Have the kernel give us nothing more. False if the disk is gone, or another program is about to stop it."""
+        grace = self.options.grace_seconds
+        # The kernel keeps to the grace time itself, but for a STOP_DEV of somebody else's that it lets end first.
+        with trio.move_on_after(grace + REFUSE_SECONDS):
+            try:
+                await self._control.quiesce_device(self.dev_id, seconds=grace)
+            except KernelError as error:
+                if error.errno == errno.ENODEV:
+                    return False
+                logger.warning("device %d: %s", self.dev_id, error)
+            return True
+        return False
+
+    async def _done_while_progressing(self) -> bool:
+        """Wait until every queue `is_done`. False after the grace time without a single answer."""
+        done_before = False
+        answered, deadline = -1, 0.0
+        while not self._hopeless.is_set():
+            done = all(queue.is_done for queue in self._queues)
+            if done and done_before:
+                return True
+            done_before = done
+            if answered != (answered := sum(queue.answered for queue in self._queues)):
+                deadline = trio.current_time() + self.options.grace_seconds
+            elif trio.current_time() > deadline:
+                return False
+            await trio.sleep(_LOOK_SECONDS)
+        return False
+
     async def _let_go(self) -> None:
-        """Leave a disk that could not be taken over as it was: without a server, but there."""
-        logger.info("device %d: not taken over", self.dev_id)
+        """Leave a disk as it is: without a server, but there."""
         self._stopping = True
         self._start_scope.cancel()
         # First the rings, so that nothing is answered any more: what we were given already goes to the next server.

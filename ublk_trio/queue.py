@@ -47,6 +47,7 @@ _EVENT_OF_RESULT = {
     IO_RES_ABORT: TagEvent.ABORTED,
 }
 _NOT_FETCHED = frozenset({TagState.UNFETCHED})
+_UNDER_WAY = SERVER_OWES | {TagState.GETTING_DATA}
 _HAS_DATA = frozenset({int(IoOp.READ), int(IoOp.WRITE)})
 _READ = int(IoOp.READ)
 # Python 3.11 looks an enum's member up through a function call: what runs once a request keeps it at hand.
@@ -144,6 +145,18 @@ class Queue:
         self._refusing = self.pressed = True
         if self._cancel_handlers is not None:
             self._cancel_handlers()
+
+    def hold(self) -> None:
+        """From now on begin nothing: what comes, and what waits for resources, is left for the next server."""
+        self.line.hold()
+        self.pressed = True
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every request that the kernel gave us is answered; after `hold`: every one that was begun."""
+        if self._answers:
+            return False
+        return not self.line.under_way if self.line.held else self.tags.count(_UNDER_WAY) == 0
 
     def on_refuse(self, cancel_handlers: Callable[[], None] | None) -> None:
         """Register how to cancel the handlers that are suspended (async serving only)."""

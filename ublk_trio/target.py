@@ -105,6 +105,20 @@ class Target:
         else:
             device.ask_to_stop()
         await self.wait_device(device)
+        if device.released:
+            raise UsageError(f"device {device.dev_id} was released before: it waits for another server")
+
+    async def release_device(self, device: Device) -> None:
+        """Let go of a disk without stopping it, and return when it is without a server, and its backend closed: see `recover_device`.
+
+        Raises as `Device.ask_to_release`; `StuckError` when the backend had not answered everything within the grace time, and the
+        disk was released all the same; `UsageError` when it was stopped instead; and what made it fail. Cancelling the wait does
+        not undo the release.
+        """
+        device.ask_to_release()
+        await self.wait_device(device)
+        if not device.released:
+            raise UsageError(f"device {device.dev_id} was stopped by another program before it was released")
 
     async def wait_device(self, device: Device) -> None:
         """Wait until a disk is gone, for whatever reason. Raises what made it fail, if it did: to everybody who asks."""

@@ -35,17 +35,23 @@ def write_record(dev_id: int, *, backend: str) -> None:
         logger.info("cannot record the backend of device %d for `list`: %s", dev_id, error)
 
 
-def remove_record(dev_id: int) -> None:
-    """Forget a device. Fine if there is no record."""
-    with contextlib.suppress(OSError):
-        (_directory() / f"{dev_id}.json").unlink()
+def remove_record(dev_id: int, *, pid: int | None = None) -> None:
+    """Forget a device; with ``pid`` only what that process wrote. Fine if there is no record."""
+    if pid is None or _record(dev_id).get("pid") == pid:
+        with contextlib.suppress(OSError):
+            (_directory() / f"{dev_id}.json").unlink()
 
 
 def recorded_backend(dev_id: int, *, pid: int) -> str | None:
     """The backend that process ``pid`` said it serves a device from; None if it said nothing."""
+    record = _record(dev_id)
+    backend = record.get("backend") if record.get("pid") == pid else None
+    return backend if isinstance(backend, str) else None
+
+
+def _record(dev_id: int) -> dict[str, object]:
     try:
         record = json.loads((_directory() / f"{dev_id}.json").read_text())
     except (OSError, ValueError):
-        return None
-    backend = record.get("backend") if isinstance(record, dict) and record.get("pid") == pid else None
-    return backend if isinstance(backend, str) else None
+        return {}
+    return record if isinstance(record, dict) else {}

@@ -1,8 +1,12 @@
-"""Serving real disks until a signal: what ``start`` and ``recover`` have in common."""
+"""Serving real disks until a signal: what ``start`` and ``recover`` have in common.
+
+SIGINT and SIGTERM stop the disks, SIGUSR2 lets go of them: there is no other way to tell a running server anything.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 
@@ -14,7 +18,7 @@ from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.records import remove_record, write_record
 from ublk_trio.device import Device
-from ublk_trio.errors import UblkError
+from ublk_trio.errors import UblkError, UsageError
 from ublk_trio.options import DeviceOptions
 from ublk_trio.real import RealKernel
 from ublk_trio.target import Target, open_target
@@ -42,15 +46,38 @@ async def wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskSta
             cancel.cancel()
 
 
+async def _watch_for_release(asked: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
+    """Set the event at SIGUSR2."""
+    with trio.open_signal_receiver(signal.SIGUSR2) as signals:
+        task_status.started()
+        async for _ in signals:
+            asked.set()
+
+
+async def _release_when_asked(asked: trio.Event, devices: list[Device]) -> None:
+    """Let go of every disk that can outlive its server, and stop the others."""
+    await asked.wait()
+    logger.info("SIGUSR2: releasing")
+    for device in devices:
+        try:
+            device.ask_to_release()
+        except UsageError as error:
+            print(f"ublk-trio: {error}; it is stopped", file=sys.stderr)
+            device.ask_to_stop()
+
+
 async def serve_until_signal(disks: list[Disk], *, json: bool) -> int:
     """Start the disks on the real kernel, say so, and serve them until a signal. Returns the exit code."""
     code = ExitCode.OK
     async with trio.open_nursery() as nursery:
         serving = trio.CancelScope()
+        release_asked = trio.Event()
         await nursery.start(wait_for_signal, serving)
+        await nursery.start(_watch_for_release, release_asked)
         with serving:
             async with open_target(RealKernel()) as target:
                 devices = [await _start_one(target, disk, json=json) for disk in disks]
+                nursery.start_soon(_release_when_asked, release_asked, devices)
                 for device in devices:
                     code = max(code, await _wait_until_gone(target, device))
         nursery.cancel_scope.cancel()
@@ -77,5 +104,5 @@ async def _wait_until_gone(target: Target, device: Device) -> ExitCode:
         print(f"ublk-trio: {error}", file=sys.stderr)
         return ExitCode.FAILED
     finally:
-        remove_record(device.dev_id)
+        remove_record(device.dev_id, pid=os.getpid())
     return ExitCode.OK
