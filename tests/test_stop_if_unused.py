@@ -36,7 +36,7 @@ async def _check_used_and_unused() -> None:
     async with open_target(kernel) as target:
         device = await target.start_device(Memory(MIB))
         disk = kernel.block_device(device.dev_id)
-        with disk.opened():
+        with disk.open():
             with pytest.raises(KernelError, match="device 0 is in use: 1 simulated programs") as caught:
                 await target.stop_device(device, only_if_unused=True)
             assert caught.value.errno == errno.EBUSY

@@ -16,9 +16,9 @@ import trio
 
 from tests.property.engine_run import DEADLINES_MAX, PASSES_MAX
 from tests.property.model import BrokenError, demand
-from tests.property.pumped import PumpedRun
+from tests.property.pumped import AtStep, PumpedRun
 from tests.property.reports import PROFILE
-from tests.property.test_cancel_everywhere import STEPS_MAX, _AtStep
+from tests.property.test_cancel_everywhere import STEPS_MAX
 from ublk_trio import Backend, Device, DeviceOptions, KernelError, Recovery, SimKernel, Target, UsageError, open_target
 from ublk_trio.kernel_sim import Bio
 from ublk_trio.uapi import ControlCommand, IoOp
@@ -245,7 +245,7 @@ DEEDS: dict[str, Callable[[Life], Awaitable[None]]] = {
 
 def played_at(number: int, life: Life) -> bool:
     """Play it with the second deed at step ``number`` of the run. False if the first one had its answer before."""
-    at_step = _AtStep(number, life.begin_second.set)
+    at_step = AtStep(number, life.begin_second.set)
     run = PumpedRun(life.main, lambda what, options: 0, instruments=[at_step])
     early = False
     try:
