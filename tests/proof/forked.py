@@ -12,6 +12,7 @@ Linux only: it looks into /proc.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import resource
@@ -105,6 +106,40 @@ def run_pytest(
     cpu_seconds_max: int = CPU_SECONDS_MAX,
 ) -> Ended:
     """Fork; in the child call ``prepare``, then run pytest with ``arguments`` up to the first failure. Waits for its end."""
+
+    def run(plugin: Plugin) -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for standard in (0, 1, 2):
+            os.dup2(null, standard)
+        # Files, or pytest's capturing of the parent would go on here.
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        prepare()
+        common = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+        pytest.main([*common, *arguments], plugins=[plugin, *plugins(plugin)])
+
+    return run_forked(run, cpu_seconds_max=cpu_seconds_max)
+
+
+def run_items(
+    session: pytest.Session, items: Sequence[pytest.Item], *, prepare: Callable[[], None], cpu_seconds_max: int
+) -> Ended:
+    """In pytest, when it has collected the tests: fork; in the child call ``prepare``, then run some of the tests, as `run_pytest`."""
+
+    def run(plugin: Plugin) -> None:
+        session.config.pluginmanager.register(plugin)
+        prepare()
+        for item, following in itertools.pairwise([*items, None]):
+            assert item is not None
+            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.shouldfail:
+                return
+        plugin.pytest_sessionfinish(pytest.ExitCode.OK)
+
+    return run_forked(run, cpu_seconds_max=cpu_seconds_max)
+
+
+def run_forked(run: Callable[[Plugin], object], *, cpu_seconds_max: int) -> Ended:
+    """Fork; ``run`` in the child, which ends with it. Waits for its end."""
     receive, send = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -113,7 +148,7 @@ def run_pytest(
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if not child:
-        _be_the_child(send, arguments, prepare, plugins, cpu_seconds_max)
+        _be_the_child(send, run, cpu_seconds_max)
     os.close(send)
     try:
         return _watch(child, receive)
@@ -121,27 +156,13 @@ def run_pytest(
         os.close(receive)
 
 
-def _be_the_child(
-    send: int,
-    arguments: Sequence[str],
-    prepare: Callable[[], None],
-    plugins: Callable[[Plugin], Sequence[object]],
-    cpu_seconds_max: int,
-) -> None:
+def _be_the_child(send: int, run: Callable[[Plugin], object], cpu_seconds_max: int) -> None:
     try:
-        null = os.open(os.devnull, os.O_RDWR)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
-        # Files, or pytest's capturing of the parent would go on here.
-        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
         # What may be lowered but not raised again: the hard limit stays as it is.
         for what, limit in ((resource.RLIMIT_CPU, cpu_seconds_max), (resource.RLIMIT_AS, MEMORY_BYTES_MAX)):
             hard = resource.getrlimit(what)[1]
             resource.setrlimit(what, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-        plugin = Plugin(send)
-        prepare()
-        common = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-        pytest.main([*common, *arguments], plugins=[plugin, *plugins(plugin)])
+        run(Plugin(send))
     except BaseException:
         os.write(send, (json.dumps({"broken": traceback.format_exc()[-4000:]}) + "\n").encode())
     finally:

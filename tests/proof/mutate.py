@@ -9,23 +9,26 @@ This process never imports what it mutates: each child does, afresh.
 
 from __future__ import annotations
 
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from types import CodeType, FrameType, MappingProxyType, ModuleType
+from types import CodeType, FrameType, FunctionType, MappingProxyType, ModuleType
 from typing import Any
 
 import attrs
 import hypothesis
 import pytest
 
-from tests.proof.forked import Ended, Plugin, run_pytest
+from tests.proof.forked import Ended, Plugin, run_items, run_pytest
 from tests.proof.mutants import Mutant, mutants_of
 from tests.proof.survivors import EXPLAINED
 
@@ -34,20 +37,41 @@ for _name in ("hypothesis.stateful", "trio.testing", "pytest_trio.plugin", "_hyp
     importlib.import_module(_name)
 
 ROOT = Path(__file__).resolve().parents[2]
-_SIMULATOR = ("tests/sim",)
+#: The simulator's transition code: what steps a tag, a request, a device, a control command, a server's end, or a ring's entry
+#: of the driver from one state to the next, and the checks that decide on it. Left out: what only carries, counts, chooses, records
+#: or looks up (`ring`, `uring`, `process`, `kernel`, `call`, `waits`, `clock`, `choices`, `faults`, `event_log`, `version`, `params`, the
+#: getters) and what the block layer works out of sizes (`limits`, `split`, `merge`, `bio`, `partitions`, `zones`).
+_TRANSITIONS = (
+    "tag",
+    "registered",
+    "checks",
+    "server_end",
+    "control_recovery",
+    "block.flush",
+    "control_params",
+    "shmem",
+    "uring_commands",
+    "char_device",
+    "control_start",
+    "user_copy",
+    "block.tags",
+    "control",
+    "control_add",
+    "device",
+    "batch",
+    "queue",
+)
 #: What is mutated, and the tests that must notice. They must be quick, and the same at every run.
 TESTS: Mapping[str, Sequence[str]] = MappingProxyType(
-    {
-        "ublk_trio.tag": ("tests/test_tag.py",),
-        "ublk_trio.kernel_sim.tag": _SIMULATOR,
-        "ublk_trio.kernel_sim.queue": _SIMULATOR,
-        "ublk_trio.kernel_sim.device": _SIMULATOR,
-        "ublk_trio.kernel_sim.control": _SIMULATOR,
-    }
+    {"ublk_trio.tag": ("tests/test_tag.py",)}
+    | {f"ublk_trio.kernel_sim.{name}": ("tests/sim",) for name in _TRANSITIONS}
 )
-#: Seconds of CPU time that a mutant's tests get, for what they need on the original.
-_CPU_SECONDS_LEAST = 5
+#: Seconds of CPU time that a mutant's tests get: for what they need on the original, for themselves, and to import them.
 _CPU_FACTOR = 3
+_CPU_SECONDS_LEAST = 2
+_CPU_SECONDS_IMPORTING = 5
+#: What the module's own tests get, and the process that tries its mutants in forks: they end by themselves.
+_CPU_SECONDS_ORIGINAL = 600
 
 
 @attrs.frozen(kw_only=True)
@@ -65,37 +89,41 @@ class Baseline:
             touching = {test for test, lines in self.lines.items() if not lines.isdisjoint(mutant.lines)}
         return sorted(touching, key=lambda test: (self.seconds[test], test))
 
+    def cpu_seconds_max(self, tests: Sequence[str], *, importing: bool) -> int:
+        """What these tests get on a mutant. Much more than they need: a mutant that loops wastes it all."""
+        least = _CPU_SECONDS_IMPORTING if importing else _CPU_SECONDS_LEAST
+        return least + int(_CPU_FACTOR * sum(self.seconds[test] for test in tests))
+
 
 class _InPlace(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from given code."""
+    """Imports modules from given code."""
 
-    def __init__(self, name: str, path: Path, code: CodeType) -> None:
-        self._name = name
-        self._path = path
-        self._code = code
+    def __init__(self, codes: Mapping[str, CodeType]) -> None:
+        self._codes = codes
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self._name:
+        if fullname not in self._codes:
             return None
-        return importlib.util.spec_from_file_location(fullname, self._path, loader=self)
+        return importlib.util.spec_from_file_location(fullname, path_of(fullname), loader=self)
 
     def exec_module(self, module: ModuleType) -> None:
-        exec(self._code, module.__dict__)
+        exec(self._codes[module.__name__], module.__dict__)
 
 
 class _Tracer:
-    """A plugin that notes the lines of one file that each test runs."""
+    """A plugin that notes the lines of some modules that each test runs."""
 
-    def __init__(self, plugin: Plugin, path: Path) -> None:
+    def __init__(self, plugin: Plugin, modules: Iterable[str]) -> None:
         self._plugin = plugin
-        self._path = str(path)
-        self._lines: set[int] = set()
+        self._modules = {str(path_of(module)): module for module in modules}
+        self._lines: dict[str, set[int]] = {path: set() for path in self._modules}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
-        self._lines.clear()
+        for lines in self._lines.values():
+            lines.clear()
         began = time.process_time()
         sys.settrace(self._trace_call)
         try:
@@ -103,13 +131,14 @@ class _Tracer:
         finally:
             sys.settrace(None)
             seconds = time.process_time() - began
-            self._plugin.note(json.dumps([item.nodeid, sorted(self._lines), seconds]))
+            ran = {self._modules[path]: sorted(lines) for path, lines in self._lines.items() if lines}
+            self._plugin.note(json.dumps([item.nodeid, ran, seconds]))
 
     def _trace_call(self, frame: FrameType, event: str, argument: Any) -> Any:
-        return self._trace_line if frame.f_code.co_filename == self._path else None
+        return self._trace_line if frame.f_code.co_filename in self._lines else None
 
     def _trace_line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        self._lines.add(frame.f_lineno)
+        self._lines[frame.f_code.co_filename].add(frame.f_lineno)
         return self._trace_line
 
 
@@ -126,69 +155,139 @@ class _Selection:
         )
 
 
+class _Swaps:
+    """A plugin that tries mutants of functions on the collected tests: each in a fork, where functions get the mutant's code."""
+
+    def __init__(self, plugin: Plugin, path: Path, mutants: Sequence[Mutant], baseline: Baseline) -> None:
+        self._plugin = plugin
+        self._path = path
+        self._mutants = mutants
+        self._baseline = baseline
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        items = {item.nodeid: item for item in session.items}
+        functions = [
+            thing
+            for thing in gc.get_objects()
+            if isinstance(thing, FunctionType) and thing.__code__.co_filename == str(self._path)
+        ]
+        for mutant in self._mutants:
+            select = self._baseline.tests_for(mutant)
+            ended = run_items(
+                session,
+                [items[test] for test in select],
+                prepare=partial(self._swap, functions, mutant),
+                cpu_seconds_max=self._baseline.cpu_seconds_max(select, importing=False),
+            )
+            self._plugin.note(ended.verdict)
+        return True
+
+    def _swap(self, functions: Sequence[FunctionType], mutant: Mutant) -> None:
+        """Give the module's live functions the code that they have in the mutant."""
+        codes = {}
+        unread = [compile(mutant.module, self._path, "exec")]
+        while unread:
+            inner = [constant for constant in unread.pop().co_consts if isinstance(constant, CodeType)]
+            codes.update({(one.co_qualname, one.co_firstlineno): one for one in inner})
+            unread += inner
+        for function in functions:
+            old = function.__code__
+            function.__code__ = codes[old.co_qualname, old.co_firstlineno]
+
+
 def path_of(module: str) -> Path:
     """The module's file in this checkout."""
     return ROOT.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def run_tests(
-    module: str, code: CodeType, tests: Sequence[str], *, select: Sequence[str] | None, cpu_seconds_max: int = 300
+    codes: Mapping[str, CodeType],
+    tests: Sequence[str],
+    *,
+    plugins: Callable[[Plugin], Sequence[object]],
+    cpu_seconds_max: int,
 ) -> Ended:
-    """Run tests on ``code`` in the module's place: all of ``tests``, traced, or only those of them that are selected."""
-    path = path_of(module)
+    """Run tests in a fork that imports these modules from this code."""
 
     def prepare() -> None:
-        assert module not in sys.modules, f"{module} was imported before it could be mutated"
-        sys.meta_path.insert(0, _InPlace(module, path, code))
+        assert codes.keys().isdisjoint(sys.modules), f"{', '.join(codes)}: imported before it could be mutated"
+        sys.meta_path.insert(0, _InPlace(codes))
         # The same examples for every mutant, and none that is kept for the real suite.
         hypothesis.settings.register_profile("mutants", derandomize=True, database=None)
         hypothesis.settings.load_profile("mutants")
 
-    def plugins(plugin: Plugin) -> Sequence[object]:
-        return [_Tracer(plugin, path) if select is None else _Selection(select)]
-
-    files = tests if select is None else sorted({test.partition("::")[0] for test in select})
     # The parent has imported pytest's plugins already, for speed; their own asserts need no rewriting.
     quiet = ["-W", "ignore:Module already imported so cannot be rewritten:pytest.PytestAssertRewriteWarning"]
-    return run_pytest([*quiet, *files], prepare=prepare, plugins=plugins, cpu_seconds_max=cpu_seconds_max)
+    return run_pytest([*quiet, *tests], prepare=prepare, plugins=plugins, cpu_seconds_max=cpu_seconds_max)
 
 
-def measure(module: str, tests: Sequence[str]) -> Baseline:
-    """Run all the tests on the module as it is."""
-    path = path_of(module)
-    ended = run_tests(module, compile(path.read_text(), path, "exec"), tests, select=None)
-    if ended.verdict != "passed":
-        raise SystemExit(f"{module}: its tests must pass before anything can be learnt from mutants: {ended}")
-    records = [json.loads(note) for note in ended.notes]
-    return Baseline(
-        lines={test: frozenset(lines) for test, lines, _ in records},
-        seconds={test: seconds for test, _, seconds in records},
+def measure(modules: Sequence[str], tests: Sequence[str]) -> dict[str, Baseline]:
+    """Run all the tests on the modules as they are."""
+    ended = run_tests(
+        {module: _original(module) for module in modules},
+        tests,
+        plugins=lambda plugin: [_Tracer(plugin, modules)],
+        cpu_seconds_max=_CPU_SECONDS_ORIGINAL,
     )
+    if ended.verdict != "passed":
+        raise SystemExit(f"the tests must pass before anything can be learnt from mutants: {ended}")
+    records = [json.loads(note) for note in ended.notes]
+    seconds = {test: seconds for test, _, seconds in records}
+    return {
+        module: Baseline(lines={test: frozenset(lines.get(module, ())) for test, lines, _ in records}, seconds=seconds)
+        for module in modules
+    }
 
 
-def survives(module: str, mutant: Mutant, baseline: Baseline, tests: Sequence[str]) -> bool:
-    """Whether no test notices the mutant."""
+def verdicts(module: str, mutants: Sequence[Mutant], baseline: Baseline, tests: Sequence[str]) -> list[str]:
+    """How the tests end on each mutant, as `Ended.verdict` says it."""
+    swapped = [mutant for mutant in mutants if mutant.lines is not None]
+    ended = run_tests(
+        {module: _original(module)},
+        tests,
+        plugins=lambda plugin: [_Swaps(plugin, path_of(module), swapped, baseline)],
+        cpu_seconds_max=_CPU_SECONDS_ORIGINAL,
+    )
+    if len(ended.notes) != len(swapped):
+        raise SystemExit(f"{module}: the tests could not be run: {ended}")
+    found = dict(zip(map(id, swapped), ended.notes, strict=True))
+    return [
+        verdict
+        if (verdict := found.get(id(mutant), "broken")) != "broken"
+        else _verdict_importing(module, mutant, baseline, tests)
+        for mutant in mutants
+    ]
+
+
+def _verdict_importing(module: str, mutant: Mutant, baseline: Baseline, tests: Sequence[str]) -> str:
+    """As `verdicts`, for a mutant of what runs at import, or of a function that cannot be changed in place."""
     select = baseline.tests_for(mutant)
-    if not select:
-        return True
-    cpu_seconds = _CPU_SECONDS_LEAST + int(_CPU_FACTOR * sum(baseline.seconds[test] for test in select))
-    code = compile(mutant.module, path_of(module), "exec")
-    ended = run_tests(module, code, tests, select=select, cpu_seconds_max=cpu_seconds)
+    ended = run_tests(
+        {module: compile(mutant.module, path_of(module), "exec")},
+        sorted({test.partition("::")[0] for test in select}) or tests,
+        plugins=lambda plugin: [_Selection(select)],
+        cpu_seconds_max=baseline.cpu_seconds_max(select, importing=True),
+    )
     if ended.verdict == "broken":
         raise SystemExit(f"{module}: {mutant}: the tests could not be run: {ended}")
-    return ended.verdict == "passed"
+    return ended.verdict
 
 
-def mutate(module: str) -> bool:
+def _original(module: str) -> CodeType:
+    path = path_of(module)
+    return compile(path.read_text(), path, "exec")
+
+
+def mutate(module: str, baseline: Baseline) -> bool:
     """Try every mutant of a module and print what survives. True when all of that is explained."""
     tests = TESTS[module]
-    baseline = measure(module, tests)
     mutants = mutants_of(path_of(module).read_text())
     explained = dict(EXPLAINED.get(module, {}))
     counts = Counter(killed=0, explained=0, unexplained=0)
     print(f"{module}: {len(mutants)} mutants, {len(baseline.seconds)} tests", flush=True)
-    for mutant in mutants:
-        if not survives(module, mutant, baseline, tests):
+    for mutant, verdict in zip(mutants, verdicts(module, mutants, baseline, tests), strict=True):
+        if verdict != "passed":
             counts["killed"] += 1
         elif str(mutant) in explained:
             counts["explained"] += 1
@@ -212,8 +311,11 @@ def main(modules: Sequence[str]) -> int:
     unknown = set(modules) - set(TESTS)
     if unknown:
         raise SystemExit(f"{', '.join(sorted(unknown))}: not in {__name__}.TESTS: choose {', '.join(TESTS)}")
-    fine = [mutate(module) for module in modules or TESTS]
-    return 0 if all(fine) else 1
+    fine = True
+    for tests, group in itertools.groupby(modules or TESTS, TESTS.__getitem__):
+        for module, baseline in measure(list(group), tests).items():
+            fine &= mutate(module, baseline)
+    return 0 if fine else 1
 
 
 if __name__ == "__main__":

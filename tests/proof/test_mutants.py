@@ -121,12 +121,16 @@ def write_program(tmp_path: Path, name: str, module: str, tests: str) -> Path:
 
 
 def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
-    """Through the whole tool: a mutant that a test notices is killed, whether it fails or loops; the others are printed."""
+    """Through the whole tool: a mutant that a test notices is killed, whether it fails or loops, and whether
+    what is broken runs at import, in a function or in a closure; the others are printed."""
     write_program(
         tmp_path,
         "target",
         """
         import time
+
+        LIMIT = 7
+        UNREAD = True
 
         def wait(steps):
             while steps > 0:
@@ -135,11 +139,18 @@ def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
 
         def tested(a, b):
             if a < b:
-                return 7
+                return LIMIT
             return time
 
         def untested():
             return time
+
+        def closure(place):
+            def inner():
+                return place
+            return inner
+
+        seven = closure(7)
         """,
         """
         import time
@@ -150,6 +161,9 @@ def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
 
         def test_wait():
             assert target.wait(3) == 0
+
+        def test_closure():
+            assert target.seven() == target.closure(7)() == 7
         """,
     )
     program = f"""
@@ -157,7 +171,7 @@ def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
         from pathlib import Path
         from tests.proof import mutate
         mutate.ROOT = Path({str(tmp_path)!r})
-        mutate._CPU_SECONDS_LEAST = 2
+        mutate._CPU_SECONDS_LEAST = 1
         mutate.TESTS = {{"target": ["test_target.py"]}}
         mutate.EXPLAINED = {{"target": {{
             "untested: return time -> return 0": "nobody calls it",
@@ -175,10 +189,11 @@ def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
         check=False,
     )
     assert ended.stdout.splitlines() == [
-        "target: 14 mutants, 2 tests",
-        "  survived: line 7: wait: return steps -> return 0",
+        "target: 20 mutants, 3 tests",
+        "  survived: module: UNREAD = True -> UNREAD = False",
+        "  survived: line 10: wait: return steps -> return 0",
         "  explained, but there is none such, or it is found: tested: return time -> return 0",
-        "target: 12 killed, 1 survivors explained, 1 not; 85.7 % killed",
+        "target: 17 killed, 1 survivors explained, 2 not; 85.0 % killed",
     ], ended.stdout + ended.stderr
     assert ended.returncode == 1
 
