@@ -292,10 +292,8 @@ class SimQueue(HardwareQueue):
         tag.address = address
         if not self.copies:
             before, tag.auto_buffer = tag.auto_buffer, auto_buffer
-            if registered:
-                assert tag.auto_ring is not None
-                if ring.is_same_ring(tag.auto_ring):
-                    ring.unregister_buffer(before & 0xFFFF)
+            if registered and ring.is_same_ring(tag.auto_ring):
+                ring.unregister_buffer(before & 0xFFFF)
             if request.op == _ZONE_APPEND:
                 request.start_sector = zone_lba
             if tag.uses:

@@ -68,6 +68,17 @@ class SimTag:
         "uses",
     )
 
+    # Not there before the command or the delivery that they are about.
+    #: AUTO_BUF_REG: the word that the last command carried, and where the request's buffer was registered.
+    auto_buffer: int
+    auto_ring: CommandRing
+    #: What the delivery to a raw ring adds to the request's flags.
+    delivered_flags: int
+    #: How much of a WRITE's data fitted into a raw ring's server, when that was not all; else -1.
+    sectors_copied: int
+    #: Of the commit, with `committed`.
+    result: int
+
     def __init__(self, tag: int) -> None:
         self.tag = tag
         self.reset()
@@ -79,23 +90,15 @@ class SimTag:
         self.request: Request | None = None
         #: When its time is up; kept where somebody would mind.
         self.deadline = 0.0
-        #: How much of a WRITE's data fitted, when that was not all; else -1.
-        self.sectors_copied = -1
         #: Where the pending command came from, and will be completed.
         self.ring: CommandRing | None = None
         #: References to the request's data, besides the server's own until it commits.
         self.uses = 0
-        #: A commit came, with `result`, while there were such references: the request ends with the last of them.
+        #: A commit came while there were such references: the request ends with the last of them.
         self.committed = False
-        self.result = 0
-        #: AUTO_BUF_REG: the word that the last command carried, and where the request's buffer was registered.
-        self.auto_buffer = 0
-        self.auto_ring: CommandRing | None = None
         #: The request's data lies in memory that it shares with the server: where, as the descriptor says it.
         self.shared = False
         self.shared_address: int | None = None
-        #: What delivery adds to the request's flags.
-        self.delivered_flags = 0
         #: The daemon: who fetched it.
         self.task: object = None
         #: How much of the buffer is poison, or -1 when it is the server's to use.
