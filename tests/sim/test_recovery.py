@@ -103,6 +103,20 @@ async def test_reissue_gives_what_was_owned_to_the_next_server_first(version: tu
         assert [bio.result for bio in bios] == [512] * 3
 
 
+@pytest.mark.parametrize("version", [(6, 13), (6, 14), (6, 15)])
+async def test_fail_io_ends_with_the_recovery(version: tuple[int, int]) -> None:
+    """After END_USER_RECOVERY a device that failed requests serves them, in the older releases, too."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, depth=2, flags=R | FAIL_IO) as device:
+        kernel.crash_server(0)
+        assert device.disk.submit(IoOp.READ, 0, 512).result == -errno.EREMOTEIO
+        await NextServer(m, device).take_over()
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        device.queue.commit(device.queue.event().tag, 512)
+        assert bio.result == 512
+    kernel.check()
+
+
 async def test_fail_io_fails_everything_until_the_next_server() -> None:
     """USER_RECOVERY_FAIL_IO: all that was there is EIO, what comes is EREMOTEIO; the next server gets what comes after its fetches."""
     kernel = make_kernel()
