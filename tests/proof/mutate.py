@@ -1,8 +1,11 @@
 """Mutation testing: ``python -m tests.proof.mutate [MODULE...]``, or ``make mutants`` for all modules of `TESTS`.
 
-For each mutant of a module (`mutants`), a forked child imports the mutant in the module's place and runs the tests that touch the
-mutated line, quickest first, up to the first that fails. A mutant that no test notices survives: a test is missing, or the mutant is as good
-as the original; then `survivors.EXPLAINED` says why. Prints the survivors; the exit code is 0 when all of them are explained.
+For each mutant of a module (`mutants`), a forked child runs the tests that touch the mutated line, up to the first that fails: those
+that found others come first, then the quickest. A mutant of a function is tried in a fork of one process that has collected the tests: there
+the function gets the mutant's code. One of what runs when the module is imported needs an import of its own, in the module's place.
+
+A mutant that no test notices survives: a test is missing, or the mutant is as good as the original; then `survivors.EXPLAINED` says why.
+Prints the survivors, and a table; the exit code is 0 when all survivors are explained.
 
 This process never imports what it mutates: each child does, afresh.
 """
@@ -95,6 +98,21 @@ class Baseline:
         return least + int(_CPU_FACTOR * sum(self.seconds[test] for test in tests))
 
 
+@attrs.frozen(kw_only=True)
+class Score:
+    """How many of a module's mutants came to what, and how many explanations are about none that survived."""
+
+    module: str
+    killed: int
+    explained: int
+    unexplained: int
+    stale: int
+
+    @property
+    def mutants(self) -> int:
+        return self.killed + self.explained + self.unexplained
+
+
 class _InPlace(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Imports modules from given code."""
 
@@ -172,14 +190,17 @@ class _Swaps:
             for thing in gc.get_objects()
             if isinstance(thing, FunctionType) and thing.__code__.co_filename == str(self._path)
         ]
+        # A test that found one mutant finds others: those come first.
+        found: Counter[str] = Counter()
         for mutant in self._mutants:
-            select = self._baseline.tests_for(mutant)
+            select = sorted(self._baseline.tests_for(mutant), key=lambda test: -found[test])
             ended = run_items(
                 session,
                 [items[test] for test in select],
                 prepare=partial(self._swap, functions, mutant),
                 cpu_seconds_max=self._baseline.cpu_seconds_max(select, importing=False),
             )
+            found[ended.test] += ended.verdict == "failed"
             self._plugin.note(ended.verdict)
         return True
 
@@ -279,8 +300,8 @@ def _original(module: str) -> CodeType:
     return compile(path.read_text(), path, "exec")
 
 
-def mutate(module: str, baseline: Baseline) -> bool:
-    """Try every mutant of a module and print what survives. True when all of that is explained."""
+def mutate(module: str, baseline: Baseline) -> Score:
+    """Try every mutant of a module and print what survives."""
     tests = TESTS[module]
     mutants = mutants_of(path_of(module).read_text())
     explained = dict(EXPLAINED.get(module, {}))
@@ -299,23 +320,39 @@ def mutate(module: str, baseline: Baseline) -> bool:
     stale = [mutant for mutant, why in explained.items() if why]
     for name in stale:
         print(f"  explained, but there is none such, or it is found: {name}")
-    print(
-        f"{module}: {counts['killed']} killed, {counts['explained']} survivors explained, "
-        f"{counts['unexplained']} not; {100 * counts['killed'] / len(mutants):.1f} % killed",
-        flush=True,
+    print(f"{module}: done", flush=True)
+    return Score(module=module, stale=len(stale), **counts)
+
+
+def table(scores: Sequence[Score]) -> list[str]:
+    """Lines for people, as they stand in docs/testing.md."""
+    total = Score(
+        module="all",
+        killed=sum(score.killed for score in scores),
+        explained=sum(score.explained for score in scores),
+        unexplained=sum(score.unexplained for score in scores),
+        stale=0,
     )
-    return not counts["unexplained"] and not stale
+    return [
+        "| module | mutants | killed | survived, explained | survived |",
+        "|---|---|---|---|---|",
+        *(
+            f"| `{score.module}` | {score.mutants} | {score.killed} | {score.explained} | {score.unexplained} |"
+            for score in (*scores, total)
+        ),
+    ]
 
 
 def main(modules: Sequence[str]) -> int:
     unknown = set(modules) - set(TESTS)
     if unknown:
         raise SystemExit(f"{', '.join(sorted(unknown))}: not in {__name__}.TESTS: choose {', '.join(TESTS)}")
-    fine = True
+    scores = []
     for tests, group in itertools.groupby(modules or TESTS, TESTS.__getitem__):
         for module, baseline in measure(list(group), tests).items():
-            fine &= mutate(module, baseline)
-    return 0 if fine else 1
+            scores.append(mutate(module, baseline))
+    print("\n".join(table(scores)))
+    return 0 if all(not score.unexplained and not score.stale for score in scores) else 1
 
 
 if __name__ == "__main__":

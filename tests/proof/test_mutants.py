@@ -193,7 +193,11 @@ def test_survivors_are_told_from_the_killed(tmp_path: Path) -> None:
         "  survived: module: UNREAD = True -> UNREAD = False",
         "  survived: line 10: wait: return steps -> return 0",
         "  explained, but there is none such, or it is found: tested: return time -> return 0",
-        "target: 17 killed, 1 survivors explained, 2 not; 85.0 % killed",
+        "target: done",
+        "| module | mutants | killed | survived, explained | survived |",
+        "|---|---|---|---|---|",
+        "| `target` | 20 | 17 | 1 | 2 |",
+        "| `all` | 20 | 17 | 1 | 2 |",
     ], ended.stdout + ended.stderr
     assert ended.returncode == 1
 
