@@ -50,9 +50,8 @@ class Violation:
 
 
 # A period that divides no power of two: shifted copies of the pattern differ from it.
-_PERIOD: Final = bytes(0x80 | (7 * i + 3) % 127 for i in range(127))
-_pattern = _PERIOD * (2 * EDGE_BYTES // len(_PERIOD) + 1)
-_EDGE: Final = _pattern[:EDGE_BYTES]
+_PERIOD: Final = bytes(range(0x80, 0xFF))
+_pattern = _PERIOD
 
 
 def pattern(length: int) -> bytes:
@@ -67,26 +66,20 @@ def poison(view: memoryview, moved_bytes: int = 0) -> int:
     """Overwrite the buffer's edges and the bytes just moved; returns what `damage` needs to know."""
     size = len(view)
     head = min(max(moved_bytes, EDGE_BYTES), size)
-    view[:head] = _EDGE if head == EDGE_BYTES else pattern(head)
+    view[:head] = pattern(head)
     tail = max(head, size - EDGE_BYTES)
-    if tail < size:
-        view[tail:] = _EDGE[: size - tail]
+    view[tail:] = pattern(size - tail)
     return head
 
 
 def damage(view: memoryview, head: int) -> int | None:
     """The offset of the first byte that is not poison any more, or None when all is as `poison` left it."""
     size = len(view)
-    expected = _EDGE if head == EDGE_BYTES else pattern(head)
-    found = bytes(view[:head])
-    if found != expected:
-        return _first_difference(found, expected)
     tail = max(head, size - EDGE_BYTES)
-    if tail < size:
-        expected = _EDGE[: size - tail]
-        found = bytes(view[tail:])
+    for start, end in ((0, head), (tail, size)):
+        found, expected = bytes(view[start:end]), pattern(end - start)
         if found != expected:
-            return tail + _first_difference(found, expected)
+            return start + _first_difference(found, expected)
     return None
 
 
