@@ -176,6 +176,28 @@ def test_a_rings_end_gives_its_buffers_back(committed: bool) -> None:
     assert not server.disk.exists
 
 
+def test_the_end_of_a_server_waits_for_its_buffers() -> None:
+    """A buffer in a ring that outlives the char device keeps the device from losing its server, and the request from ending."""
+    server = zero_copy_server()
+    bio = server.disk.submit(IoOp.READ, 0, 512)
+    tag = server.delivered().user_data
+    other = SimUring(server.tasks[0])
+    other.register_buffers(1)
+    assert server.io(REGISTER, tag, addr=0, ring=other) == 0
+    server.ring.close()
+    server.char.close()
+    kernel = server.process.kernel
+    assert kernel.held_commands() == [
+        "release of /dev/ublkc0, waiting for references to the data of requests of device 0"
+    ]
+    assert server.disk.exists
+    assert not bio.done
+    other.unregister_buffers()
+    assert kernel.held_commands() == []
+    assert not server.disk.exists
+    assert bio.result == -errno.EIO
+
+
 def test_tables() -> None:
     """One table a ring: EBUSY for a second, ENXIO for none."""
     ring = SimUring(raw_kernel().process().main_task)
