@@ -8,6 +8,40 @@ from types import MappingProxyType
 #: By module: the mutant as `python -m tests.proof.mutate` prints it, and why it is as good as the original.
 EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "ublk_trio.kernel_sim.checks": {
+            **dict.fromkeys(
+                (
+                    "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(129, 255))",
+                    "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(127, 255))",
+                    "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(128, 256))",
+                    "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(128, 254))",
+                ),
+                "another pattern is as good for what the tests move",
+            ),
+            "pattern: if length > len(_pattern) -> if length >= len(_pattern)": "makes the same pattern anew",
+            "pattern: _pattern = _PERIOD * (length // len(_PERIOD) + 1) -> _pattern = _PERIOD * (length // len(_PERIOD) + 2)": (
+                "keeps more of the pattern than is asked for"
+            ),
+            "_first_difference: return next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b)) "
+            "-> return next((i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b))": (
+                "both have the same length"
+            ),
+        },
+        "ublk_trio.kernel_sim.control_params": dict.fromkeys(
+            (
+                "module: _CHAR_MAJOR: Final = 240 -> _CHAR_MAJOR: Final = 241",
+                "module: _CHAR_MAJOR: Final = 240 -> _CHAR_MAJOR: Final = 239",
+                "module: _BLOCK_MAJOR: Final = 259 -> _BLOCK_MAJOR: Final = 260",
+                "module: _BLOCK_MAJOR: Final = 259 -> _BLOCK_MAJOR: Final = 258",
+            ),
+            "a made-up number: on Linux it may be any",
+        ),
+        "ublk_trio.kernel_sim.char_device": {
+            "Node: mode: int = 384 -> mode: int = 385": "nobody executes a device",
+            "check_mmap: if length <= 0 or offset % page_size or offset < 0 -> if length <= 0 or offset % page_size or offset < -1": (
+                "-1 is no page's offset"
+            ),
+        },
         "ublk_trio.kernel_sim.registered": {
             "BufferTable.unregister: return 0 -> return 1": "UNREGISTER_IO_BUF turns 0 into ENDED, which is 1",
         },

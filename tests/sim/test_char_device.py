@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 
+import attrs
 import pytest
 
 from tests.sim.mini import live, machine
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
-from ublk_trio.kernel_sim.char_device import check_mmap
+from ublk_trio.kernel_sim.call import Identity
+from ublk_trio.kernel_sim.char_device import Node, check_mmap, check_open
 from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.uapi import DevInfo, Feature
 
@@ -79,6 +81,49 @@ def test_one_process_maps() -> None:
     device.reset()
     assert mapped(device, 0, 8192, process=2) == 0
     assert mapped(device, 0, 8192) == -errno.EINVAL
+
+
+def test_a_mapping_of_nothing_is_no_attempt() -> None:
+    """An mmap of no bytes, or not at a page, is refused before anybody counts as the process that maps."""
+    device = make_device()
+    for offset, length in ((0, 0), (512, 8192), (-4096, 8192)):
+        assert mapped(device, offset, length) == -errno.EINVAL
+    assert mapped(device, 0, 8192, process=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "uid", "gid", "allowed"),
+    [
+        (0o600, 1, 9, True),
+        (0o060, 9, 2, True),
+        (0o006, 9, 9, True),
+        (0o066, 1, 2, False),
+        (0o606, 9, 2, False),
+        (0o660, 9, 9, False),
+        (0o004, 9, 9, False),
+        (0o002, 9, 9, False),
+    ],
+)
+def test_who_may_read_and_write(mode: int, uid: int, gid: int, allowed: bool) -> None:
+    """The first class that fits decides: owner, group, others."""
+    node = Node(uid=1, gid=2, mode=mode)
+    caller = Identity(pid=1, uid=uid, gid=gid, privileged=False)
+    assert node.allows(caller, 6) is allowed
+    assert node.allows(attrs.evolve(caller, privileged=True), 6)
+
+
+def test_what_open_says() -> None:
+    """ENOENT, EACCES, EBUSY, in this order."""
+    root = Identity(pid=1, uid=0, gid=0, privileged=True)
+    somebody = Identity(pid=2, uid=5, gid=5, privileged=False)
+    device = make_device()
+    assert check_open(None, root) == -errno.ENOENT
+    assert check_open(device, root) == 0
+    device.releasing = True
+    assert check_open(device, root) == -errno.EBUSY
+    assert check_open(device, somebody) == -errno.EACCES
+    device.removed = True
+    assert check_open(device, somebody) == -errno.ENOENT
 
 
 async def test_descriptor_size_is_what_was_asked() -> None:

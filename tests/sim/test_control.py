@@ -186,7 +186,8 @@ async def test_params_round_trip_and_devt() -> None:
     """GET_PARAMS gives back what was set, with the device numbers filled in."""
     kernel = SimKernel(partition_scan=False)
     discard = ParamsDiscard(discard_granularity=4096, max_discard_sectors=64, max_discard_segments=1)
-    given = basic_params(discard=discard)
+    # A section behind the device numbers, too.
+    given = attrs.evolve(basic_params(discard=discard), dma_align=ParamsDmaAlign(alignment=511))
     async with machine(kernel) as m, live(m, params=given) as device:
         buffer = bytearray(Params.query())
         assert await m.command(ControlCommand.GET_PARAMS, 0, buffer=buffer) == 0
@@ -244,6 +245,89 @@ async def test_bad_params_take_the_good_ones_with_them(bad: Params) -> None:
         assert await m.set_params(0, basic_params()) == 0
         assert await m.set_params(0, bad) == -errno.EINVAL
         assert await m.start() == -errno.EINVAL
+
+
+@pytest.mark.parametrize("command", [ControlCommand.SET_PARAMS, ControlCommand.GET_PARAMS])
+async def test_what_is_too_short_changes_no_params(command: ControlCommand) -> None:
+    """Nothing but a header, a length of 0, no types in a SET_PARAMS, no address: EINVAL, and the parameters stay."""
+    kernel = SimKernel()
+    async with machine(kernel) as m:
+        await m.add()
+        await m.set_params(0, basic_params())
+        packed = basic_params().pack()
+        too_short = [bytearray(packed[:8]), bytearray(4) + packed[4:]]
+        if command is ControlCommand.SET_PARAMS:
+            too_short.append(bytearray(packed[:4] + bytes(4) + packed[8:]))
+        for buffer in too_short:
+            assert await m.command(command, buffer=buffer) == -errno.EINVAL
+        assert await m.control.submit(command, dev_id=0, length=len(packed)) == -errno.EINVAL
+        buffer = bytearray(Params.query())
+        assert await m.command(ControlCommand.GET_PARAMS, buffer=buffer) == 0
+        assert attrs.evolve(Params.unpack(buffer), devt=None) == basic_params()
+
+
+async def test_params_of_one_byte() -> None:
+    """A length of 1 is none too small: one byte is set, or read."""
+    kernel = SimKernel()
+    async with machine(kernel) as m:
+        await m.add()
+        await m.set_params(0, basic_params())
+        one_byte = bytearray((1).to_bytes(4, "little") + basic_params().pack()[4:])
+        assert await m.command(ControlCommand.SET_PARAMS, buffer=bytearray(one_byte)) == 0
+        assert await m.command(ControlCommand.GET_PARAMS, buffer=one_byte) == 0
+
+
+@pytest.mark.parametrize("dev_id", [0, 3])
+async def test_device_numbers(dev_id: int) -> None:
+    """The minors are told as soon as there is such a device: the disk's from START_DEV to STOP_DEV."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, opened(m, dev_id=dev_id) as device:
+        buffer = bytearray(Params.query())
+
+        async def numbers() -> ParamsDevt:
+            assert await m.command(ControlCommand.GET_PARAMS, dev_id, buffer=buffer) == 0
+            devt = Params.unpack(buffer).devt
+            assert devt is not None
+            return devt
+
+        before = await numbers()
+        assert (before.char_minor, before.disk_major, before.disk_minor) == (dev_id, 0, 0)
+        device.queue.fetch_all()
+        assert await m.start(dev_id) == 0
+        live_now = await numbers()
+        assert (live_now.char_major, live_now.char_minor) == (before.char_major, dev_id)
+        assert live_now.disk_major not in (0, live_now.char_major)
+        assert live_now.disk_minor == dev_id
+        assert await m.stop(dev_id) == 0
+
+
+async def test_before_6_3_there_are_no_device_numbers() -> None:
+    """GET_PARAMS of a release without that section leaves it out."""
+    async with SimKernel(version=(6, 2)).open_control() as control:
+        buffer = bytearray(Params.query())
+        for command, sent in (
+            (ControlCommand.ADD_DEV, bytearray(GOOD.pack())),
+            (ControlCommand.SET_PARAMS, bytearray(basic_params().pack())),
+            (ControlCommand.GET_PARAMS, buffer),
+        ):
+            assert await control.submit(command, dev_id=GOOD.dev_id, buffer=sent, ioctl_encoded=False) == 0
+        assert Params.unpack(buffer) == basic_params()
+
+
+async def test_before_7_0_refused_params_can_still_be_read() -> None:
+    """What SET_PARAMS refused is there without its types, and START_DEV takes none of it."""
+    async with machine(SimKernel(version=(6, 16))) as m, opened(m) as device:
+        device.queue.fetch_all()
+        bad = Params(basic=attrs.evolve(BASIC, max_sectors=7))
+        packed = bad.pack()
+        assert await m.set_params(0, bad) == -errno.EINVAL
+        assert await m.start() == -errno.EINVAL
+        buffer = bytearray(Params.query())
+        assert await m.command(ControlCommand.GET_PARAMS, buffer=buffer) == 0
+        got = Params.unpack(buffer)
+        assert attrs.evolve(got, devt=None) == Params()
+        assert buffer[:4] == packed[:4]
+        assert buffer[8:40] == packed[8:40]
 
 
 async def test_params_are_fixed_while_there_is_a_disk() -> None:

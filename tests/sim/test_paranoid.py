@@ -19,6 +19,7 @@ def test_poison_is_found_damaged(size: int, moved: int) -> None:
     """Every byte at the buffer's edges and of the transfer is guarded; undamaged poison is not reported."""
     buffer = memoryview(bytearray(size))
     head = poison(buffer, moved)
+    assert head == min(size, max(moved, 4096))
     assert damage(buffer, head) is None
     guarded = {0, min(size, max(moved, 4096)) - 1, size - 1, max(0, size - 4096)}
     for offset in guarded:
@@ -50,6 +51,18 @@ async def test_writing_after_the_commit_is_found() -> None:
             SimulatorViolationError, match="tag 0: touched-kernel-buffer: buffer 0 was written to at byte 5000"
         ):
             kernel.check()
+
+
+async def test_a_check_tells_all_violations() -> None:
+    """What `check` raises has every violation, in their order."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, live(m) as device:
+        for tag in (77, 78):
+            device.queue.ring.commit([pack_answer(COMMIT, tag)])
+    with pytest.raises(SimulatorViolationError) as caught:
+        kernel.check()
+    assert caught.value.violations == tuple(kernel.violations)
+    assert [violation.tag for violation in caught.value.violations] == [77, 78]
 
 
 async def test_writing_before_the_first_request_is_found_at_the_end() -> None:
