@@ -13,10 +13,9 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 (
                     "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(129, 255))",
                     "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(127, 255))",
-                    "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(128, 256))",
                     "module: _PERIOD: Final = bytes(range(128, 255)) -> _PERIOD: Final = bytes(range(128, 254))",
                 ),
-                "another pattern is as good for what the tests move",
+                "a period that divides no power of two either",
             ),
             "pattern: if length > len(_pattern) -> if length >= len(_pattern)": "makes the same pattern anew",
             "pattern: _pattern = _PERIOD * (length // len(_PERIOD) + 1) -> _pattern = _PERIOD * (length // len(_PERIOD) + 2)": (

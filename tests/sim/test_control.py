@@ -318,7 +318,7 @@ async def test_before_7_0_refused_params_can_still_be_read() -> None:
     """What SET_PARAMS refused is there without its types, and START_DEV takes none of it."""
     async with machine(SimKernel(version=(6, 16))) as m, opened(m) as device:
         device.queue.fetch_all()
-        bad = Params(basic=attrs.evolve(BASIC, max_sectors=7))
+        bad = basic_params(max_sectors=7)
         packed = bad.pack()
         assert await m.set_params(0, bad) == -errno.EINVAL
         assert await m.start() == -errno.EINVAL

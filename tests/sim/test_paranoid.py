@@ -26,8 +26,10 @@ def test_poison_is_found_damaged(size: int, moved: int) -> None:
         buffer[offset] ^= 1
         assert damage(buffer, head) == offset
         buffer[offset] ^= 1
-    buffer[: size - 1] = bytes(buffer[1:])
-    assert damage(buffer, head) == 0
+    for shift in (1, 128):
+        poison(buffer, moved)
+        buffer[: size - shift] = bytes(buffer[shift:])
+        assert damage(buffer, head) == 0
 
 
 def test_poison_grows() -> None:

@@ -190,12 +190,10 @@ def test_the_end_of_a_server_waits_for_its_buffers() -> None:
     assert kernel.held_commands() == [
         "release of /dev/ublkc0, waiting for references to the data of requests of device 0"
     ]
-    assert server.disk.exists
-    assert not bio.done
+    assert (server.disk.exists, bio.done) == (True, False)
     other.unregister_buffers()
     assert kernel.held_commands() == []
-    assert not server.disk.exists
-    assert bio.result == -errno.EIO
+    assert (server.disk.exists, bio.result) == (False, -errno.EIO)
 
 
 def test_tables() -> None:
