@@ -367,3 +367,30 @@ async def test_waiting() -> None:
         nursery.start_soon(wait_for_the_end)
         await wait_all_tasks_blocked()
         server.ring.close()
+
+
+def test_a_refused_command_does_not_hold_the_char_device() -> None:
+    """Only a pending command keeps the char device open: after a refused one the last close is the last."""
+    kernel = raw_kernel()
+    server = raw_server(kernel, live=False)
+    assert server.io(FETCH, 0, addr=0) == -errno.EINVAL
+    server.char.close()
+    again = server.process.open(kernel.char_path(0))
+    # Nor does the end of its ring close the next one.
+    server.ring.close()
+    with pytest.raises(KernelError) as caught:
+        server.process.open(kernel.char_path(0))
+    assert caught.value.errno == errno.EBUSY
+    again.close()
+    server.process.open(kernel.char_path(0))
+
+
+def test_a_descriptor_says_the_operation() -> None:
+    """The descriptor of each delivered request has its own operation and length, whatever the tag served before."""
+    server = raw_server(raw_kernel(), depth=1)
+    for op, data, length in ((IoOp.READ, 1024, 1024), (IoOp.WRITE, bytes(512), 512), (IoOp.READ, 512, 512)):
+        server.disk.submit(op, 0, data)
+        tag = server.delivered().user_data
+        descriptor = server.descriptor(tag)
+        assert (descriptor.op, descriptor.nr_sectors) == (op, length // 512)
+        server.commit(tag, length)

@@ -152,6 +152,7 @@ class SimFile:
 
     def put(self) -> None:
         """Something refers to it no more; the last one releases it."""
+        assert self._references, "the file is gone already"
         self._references -= 1
         if not self._references:
             self._released()
