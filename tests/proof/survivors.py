@@ -49,5 +49,28 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "SimTag.reset: self.address = 0 -> self.address = -1": "a tag gets its address by FETCH_REQ before anything reads it",
             "SimTag.reset: self.poisoned_bytes = -1 -> self.poisoned_bytes = -2": "any negative number says the same",
         },
+        "ublk_trio.kernel_sim.uring_commands": {
+            **{
+                f"module: {name}: Final = io_opcode(IoCommand.{name}, ioctl_encoded=True) "
+                f"-> {name}: Final = io_opcode(IoCommand.{name}, ioctl_encoded=False)": (
+                    "a command above NEED_GET_DATA exists only encoded"
+                )
+                for name in ("PREP_IO_CMDS", "COMMIT_IO_CMDS", "FETCH_IO_CMDS")
+            },
+            "QueueCommands.__init__: self.kernel_holds: dict[int, int] = {} -> pass": "a raw ring's buffers are not watched",
+            **dict.fromkeys(
+                (
+                    "QueueCommands._deliver: tag.sectors_copied = -1 -> tag.sectors_copied = -2",
+                    "BatchCommands.prepare_delivery: tag.sectors_copied = -1 -> tag.sectors_copied = -2",
+                ),
+                "any negative number says the same",
+            ),
+            "QueueCommands.is_same_ring: return isinstance(other, QueueCommands) and other.ring is self.ring "
+            "-> return other.ring is self.ring": "only raw rings register buffers: mypy asks",
+            "QueueCommands.close: return -> pass": "without pending commands there is nothing to cancel",
+            "BatchCommands.post_result: raise AssertionError('no tag has a command of its own') -> pass": (
+                "guards what never happens"
+            ),
+        },
     }
 )

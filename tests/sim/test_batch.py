@@ -167,6 +167,37 @@ def test_many_tags_by_one_command() -> None:
     assert (cqe.result, cqe.flags >> CQE_BUFFER_SHIFT) == (2, 1)
 
 
+def test_a_write_that_does_not_fit() -> None:
+    """One that fits in part says how much, and the next request on the tag its own length; one that fits nowhere is not delivered."""
+    batch = batch_server(depth=1)
+    memory = batch.server.process.memory
+    batch.provide(batch.ring, [64] * 4)
+    batch.fetch()
+
+    def next_from(address: int, result: int) -> None:
+        batch.server.buffers[0][0] = address
+        assert batch.send(COMMIT, [(0, 0, result)]) == 16
+
+    reads(batch, 1)
+    assert len(batch.ring.reap()) == 1
+    assert batch.server.descriptor(0).op == IoOp.READ
+    next_from(memory.map(512), 512)
+    batch.server.disk.submit(IoOp.WRITE, 0, bytes(1024))
+    assert len(batch.ring.reap()) == 1
+    assert batch.server.descriptor(0).nr_sectors == 1
+    next_from(memory.map(1024), 1024)
+    batch.server.disk.submit(IoOp.READ, 0, 1024)
+    assert len(batch.ring.reap()) == 1
+    assert batch.server.descriptor(0).nr_sectors == 2
+    gone = memory.map(1024)
+    next_from(gone, 1024)
+    memory.unmap(gone)
+    lost = batch.server.disk.submit(IoOp.WRITE, 0, b"w" * 512)
+    for _ in range(3):
+        assert batch.ring.reap() == []
+    assert not lost.done
+
+
 def test_prepare_is_all_or_nothing() -> None:
     """A wrong element undoes those before it; the checks come in the driver's order."""
     batch = batch_server(live=False)

@@ -121,7 +121,6 @@ class QueueCommands:
         self.queue.device.cancel_ring(self)
         for _ in self.pending:
             self.ring.kernel.drop(self._file.put)
-        self.pending.clear()
 
 
 class BatchCommands(QueueCommands):
@@ -176,4 +175,3 @@ class BatchCommands(QueueCommands):
             self._batch.ring_closed(self)
             for _ in range(self._fetches):
                 self.ring.kernel.drop(self._file.put)
-            self._fetches = 0
