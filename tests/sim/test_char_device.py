@@ -11,7 +11,7 @@ from tests.sim.mini import live, machine
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
 from ublk_trio.kernel_sim.call import Identity
-from ublk_trio.kernel_sim.char_device import Node, check_mmap, check_open
+from ublk_trio.kernel_sim.char_device import Node, check_mmap, check_open, permission
 from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.uapi import DevInfo, Feature
 
@@ -124,6 +124,27 @@ def test_what_open_says() -> None:
     assert check_open(device, somebody) == -errno.EACCES
     device.removed = True
     assert check_open(device, somebody) == -errno.ENOENT
+
+
+async def test_another_file_is_told_from_none() -> None:
+    """A path that is not the device's char device: EPERM if there is such a file, ENOENT if not, or not any more."""
+    kernel = SimKernel(partition_scan=False)
+    root = Identity(pid=1)
+    async with machine(kernel) as m, live(m):
+        await m.add(1)
+        device, other = kernel.devices[0], kernel.devices[1]
+
+        def said(path: str) -> int:
+            return permission(device, path, root, write=True)
+
+        assert said("/dev/ublkc0") == said("dev//ublkc0") == 0
+        for path in ("/", "/dev", "/dev/ublk-control", "/dev/ublkc1", "/dev/ublkb0"):
+            assert said(path) == -errno.EPERM
+        for path in ("", "/dev/null", "/dev/ublkc2", "/dev/ublkb1", "/dev/ublkb2"):
+            assert said(path) == -errno.ENOENT
+        other.removed = True
+        assert said("/dev/ublkc1") == -errno.ENOENT
+        other.removed = False
 
 
 async def test_descriptor_size_is_what_was_asked() -> None:
