@@ -35,6 +35,13 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             ),
             "a made-up number: on Linux it may be any",
         ),
+        "ublk_trio.kernel_sim.control_start": dict.fromkeys(
+            (
+                "_stop_and_cancel: return 0 -> return 1",
+                "_stop_and_cancel: return 0 -> return -1",
+            ),
+            "nobody looks at it: a generator of this type has to return something",
+        ),
         "ublk_trio.kernel_sim.char_device": {
             "Node: mode: int = 384 -> mode: int = 385": "nobody executes a device",
             "check_mmap: if length <= 0 or offset % page_size or offset < 0 -> if length <= 0 or offset % page_size or offset < -1": (

@@ -255,7 +255,8 @@ async def test_what_is_too_short_changes_no_params(command: ControlCommand) -> N
         await m.add()
         await m.set_params(0, basic_params())
         packed = basic_params().pack()
-        too_short = [bytearray(packed[:8]), bytearray(4) + packed[4:]]
+        header = (8).to_bytes(4, "little") + packed[4:8]
+        too_short = [bytearray(header), bytearray(4) + packed[4:]]
         if command is ControlCommand.SET_PARAMS:
             too_short.append(bytearray(packed[:4] + bytes(4) + packed[8:]))
         for buffer in too_short:
