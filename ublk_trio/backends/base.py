@@ -27,7 +27,8 @@ Some facts, and what they mean for a backend:
   called again with the same arguments, a little later or when another request was answered.
 - *Threads.* Every method runs in Trio's thread. A plain ``def`` is called in the middle of the loop that serves the
   queue: it must not wait for anything slow. An ``async def`` may wait; a backend with any of those is served by the
-  asynchronous engine.
+  asynchronous engine. A plain ``def`` may return an awaitable when the class says ``awaits = True``: then what it
+  answers at once costs no coroutine.
 - *Concurrency.* Requests of a queue and of different queues may be in progress at the same time and finish in any order
   as soon as a method awaits. The kernel never relies on an order between requests that it has not yet been given an
   answer for.
@@ -109,6 +110,8 @@ class Backend(ABC):
     read_only: bool = False
     #: Names of methods that the class defines but that this very disk can't do; settled when `open` returned.
     unsupported: frozenset[str] = frozenset()
+    #: True lets plain ``def`` methods return awaitables; the asynchronous engine serves such a backend.
+    awaits: bool = False
 
     async def open(self) -> None:  # noqa: B027 - optional: most backends have nothing to open
         """Gets ready: called by the device's scope before the kernel hears of the device.
@@ -183,8 +186,8 @@ def capabilities(backend: Backend) -> frozenset[str]:
 
 
 def is_async(backend: Backend) -> bool:
-    """True when any of the `capabilities` is an ``async def``: such a backend needs the asynchronous engine."""
-    return any(iscoroutinefunction(getattr(backend, name)) for name in capabilities(backend))
+    """True when any of the `capabilities` is an ``async def`` or may be: such a backend needs the asynchronous engine."""
+    return backend.awaits or any(iscoroutinefunction(getattr(backend, name)) for name in capabilities(backend))
 
 
 def check_geometry(backend: Backend) -> None:
