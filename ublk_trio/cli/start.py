@@ -3,6 +3,7 @@ one."""
 
 from __future__ import annotations
 
+import math
 import mmap
 import sys
 from typing import Annotated, Literal
@@ -13,6 +14,7 @@ from cyclopts import Parameter
 
 from ublk_trio.backends import Null, parse_backend, parse_size
 from ublk_trio.cli.exit_codes import ExitCode
+from ublk_trio.cli.operating import Operation
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.progress import Progress
 from ublk_trio.cli.serving import Disk, serve_until_signal, wait_for_signal
@@ -20,13 +22,15 @@ from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Serve
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
 from ublk_trio.options import DataMode, DeviceOptions, Recovery
+from ublk_trio.real import RealKernel
+from ublk_trio.service.config_file import read_config
 from ublk_trio.target import open_target
 from ublk_trio.workload import Pattern, Workload, WorkloadReport
 
 
 async def start(
     *,
-    backend: Annotated[tuple[str, ...], Parameter(negative="")],
+    backend: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     kernel: Literal["real", "sim"] = "real",
     id: int | None = None,
     queues: int = 1,
@@ -40,6 +44,9 @@ async def start(
     workload: Pattern | None = None,
     seconds: float | None = None,
     seed: int | None = None,
+    config: str | None = None,
+    keep_going: Annotated[bool, Parameter(negative="")] = False,
+    rpc_socket: str | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> int:
     """Serve disks until SIGINT or SIGTERM, then stop them cleanly.
@@ -80,6 +87,12 @@ async def start(
         How long the simulated workload runs. Default: 5.
     seed
         Decides everything random in the simulated run, but for how far it gets in its time. Default: 0.
+    config
+        A file of bdevs and disks: TOML, or what SPDK's save_config wrote. Instead of --backend.
+    keep_going
+        Carry on when something in the configuration fails.
+    rpc_socket
+        Listen there for remote calls: bdevs and disks are made by them, and by --config.
     json
         Print JSON objects instead of paths and text.
     """
@@ -87,6 +100,22 @@ async def start(
         raise UsageError("--workload, --seconds and --seed are for --kernel sim; a real disk is served until a signal")
     if seconds is not None and not seconds > 0:
         raise UsageError(f"--seconds is {seconds:g}: give more than 0")
+    run = Workload(seed=seed or 0, pattern=workload or "random", seconds=seconds or 5.0)
+    if config is not None or rpc_socket is not None:
+        if backend:
+            raise UsageError("--backend is for a fixed set of disks: with --config or --rpc-socket, make them there")
+        simulated = kernel == "sim"
+        operation = Operation(
+            kernel=SimKernel(choices=SeededChoices(run.seed), paranoid=True) if simulated else RealKernel(),
+            entries=[] if config is None else read_config(config),
+            keep_going=keep_going,
+            rpc_socket=rpc_socket,
+            workload=attrs.evolve(run, seconds=seconds or math.inf) if simulated and workload is not None else None,
+            json=json,
+        )
+        return await operation.run()
+    if not backend:
+        raise UsageError("nothing to serve: give --backend, --config or --rpc-socket")
     disks = [
         Disk(
             spec=spec,
@@ -108,7 +137,6 @@ async def start(
     for disk in disks:
         disk.options.check(page_size=mmap.PAGESIZE)
     if kernel == "sim":
-        run = Workload(seed=seed or 0, pattern=workload or "random", seconds=seconds or 5.0)
         return await _simulate(disks, run, json=json)
     return await serve_until_signal(disks, json=json)
 
