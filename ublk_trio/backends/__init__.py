@@ -16,6 +16,7 @@ from ublk_trio.backends.base import (
     fill_zeroes,
     is_async,
 )
+from ublk_trio.backends.concat import Concat
 from ublk_trio.backends.delay import Delay, LatencyKind
 from ublk_trio.backends.error_injection import ErrorInjection, ErrorType, IoType
 from ublk_trio.backends.file import File, ThreadedFile
@@ -23,6 +24,8 @@ from ublk_trio.backends.limits import Limited, Limits
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
 from ublk_trio.backends.passthru import Passthru
+from ublk_trio.backends.raid0 import Raid0
+from ublk_trio.backends.raid1 import MemberState, MemberStatus, Raid1, Raid1Status
 from ublk_trio.backends.sizes import format_size, parse_size
 from ublk_trio.backends.spec import KINDS, Kind, Option, parse_backend, register
 from ublk_trio.backends.stacked import Base, Stacked
@@ -35,6 +38,7 @@ __all__ = [
     "CanFlush",
     "CanWrite",
     "CanWriteZeroes",
+    "Concat",
     "Delay",
     "Done",
     "ErrorInjection",
@@ -45,10 +49,15 @@ __all__ = [
     "LatencyKind",
     "Limited",
     "Limits",
+    "MemberState",
+    "MemberStatus",
     "Memory",
     "Null",
     "Option",
     "Passthru",
+    "Raid0",
+    "Raid1",
+    "Raid1Status",
     "Result",
     "Stacked",
     "ThreadedFile",
