@@ -55,6 +55,8 @@ logger = logging.getLogger("ublk_trio.backend")
 WINDOW_BYTES: Final = 1 << 20
 #: Seconds until a member that had no resources is asked again.
 NO_MEMORY_SECONDS: Final = 0.001
+#: Why a member is out that nothing is wrong with.
+_ASKED_FOR: Final = frozenset({errno.ECANCELED, errno.ENODEV, errno.ESHUTDOWN})
 
 
 class MemberState(Enum):
@@ -111,13 +113,19 @@ class _Member:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """It must not be closed meanwhile."""
-        self.users += 1
+        self.begin_use()
         try:
             yield
         finally:
-            self.users -= 1
-            if not self.users:
-                self.idle.unpark_all()
+            self.end_use()
+
+    def begin_use(self) -> None:
+        self.users += 1
+
+    def end_use(self) -> None:
+        self.users -= 1
+        if not self.users:
+            self.idle.unpark_all()
 
     async def wait_unused(self) -> None:
         while self.users:
@@ -280,7 +288,8 @@ class Raid1(Stacked):
             return
         assert self._in_sync() != [member], f"{member} is the last member in sync"
         member.state, member.error = MemberState.FAILED, _errno_of(failure)
-        logger.warning("%s: %s is out: %s", self, member, errno_text(member.error))
+        level = logging.INFO if member.error in _ASKED_FOR else logging.WARNING
+        logger.log(level, "%s: %s is out: %s", self, member, errno_text(member.error))
         if member.rebuild is not None:
             member.rebuild.cancel()
 
@@ -324,18 +333,19 @@ class Raid1(Stacked):
             if member.state is not MemberState.IN_SYNC:
                 return
             content = memoryview(bytearray(length))
-            try:
-                # Anew: it may have been written since.
-                await self._read(offset, content, but=[member])
-            except Exception:
-                return  # what was asked for has been read; there is nothing to mend with now
 
             async def mend(base: Base) -> None:
                 await base.write(offset, content, fua=False)
                 await base.read(offset, content)
 
             failures: dict[_Member, Exception] = {}
-            await self._on_each([member], mend, failures)
+            with member.in_use():
+                try:
+                    # Anew: it may have been written since.
+                    await self._read(offset, content, but=[member])
+                except Exception:
+                    return  # what was asked for has been read; there is nothing to mend with now
+                await self._on_each([member], mend, failures)
             if failures and self._in_sync() != [member]:
                 self._take_out(member, failures[member])
 
@@ -361,7 +371,7 @@ class Raid1(Stacked):
         """Calls the members at once; puts down who failed, and strikes out who did not."""
 
         async def attempt(member: _Member) -> None:
-            with member.in_use():
+            try:
                 while True:
                     try:
                         await call(member.base)
@@ -372,7 +382,12 @@ class Raid1(Stacked):
                             failures[member] = failure
                             return
                     await trio.sleep(NO_MEMORY_SECONDS)
+            finally:
+                member.end_use()
 
+        # From now on: the calls begin later, and meanwhile a member may be removed.
+        for member in members:
+            member.begin_use()
         await run_together([partial(attempt, member) for member in members])
 
     def _judge(self, members: Sequence[_Member], failures: dict[_Member, Exception]) -> None:
