@@ -255,7 +255,7 @@ async def test_a_bug_of_a_member_is_a_failure() -> None:
 # Members --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_member_comes_back() -> None:
+async def test_a_member_comes_back(autojump_clock: trio.testing.MockClock) -> None:
     """Out, rebuilt while it is written all the time, then equal; the status shows how far it is."""
     first, second = (Member(SIZE, choices=SeededChoices(number), name=f"m{number}") for number in range(2))
     done: list[int | None] = []
@@ -399,13 +399,7 @@ async def test_what_ends_a_rebuild(how: str) -> None:
         if how == "remove":
             await disk.remove(target)
             assert states(disk) == [IN_SYNC]
-    if how == "remove":
         await disk.aclose()
-    else:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(rebuild_that_fails, disk, target, errno.ESHUTDOWN)
-            await trio.testing.wait_all_tasks_blocked()
-            await disk.aclose()
     assert (target.opened, target.closed, target.misuse, first.misuse) == (1, 1, [], [])
 
 
@@ -440,7 +434,7 @@ async def test_geometry() -> None:
 # Cancelled at every step ----------------------------------------------------------------------------------------------
 
 
-@attrs.define
+@attrs.define(eq=False)
 class _AtStep(trio.abc.Instrument):
     """Calls back before the step with a given number."""
 
@@ -474,8 +468,12 @@ def test_cancelled_at_every_step(victim: str) -> None:
             members[0].fail("read")
 
             async def run_one(name: str) -> None:
+                # A change that is cut off may end the rebuild.
                 with scope if name == victim else trio.CancelScope():
-                    await victims[name]()  # type: ignore[misc]
+                    try:
+                        await victims[name]()  # type: ignore[misc]
+                    except OSError:
+                        assert name == "rebuild"
 
             with scope if victim == "all" else trio.CancelScope():
                 async with trio.open_nursery() as nursery:
