@@ -55,8 +55,6 @@ logger = logging.getLogger("ublk_trio.backend")
 WINDOW_BYTES: Final = 1 << 20
 #: Seconds until a member that had no resources is asked again.
 NO_MEMORY_SECONDS: Final = 0.001
-#: Why a member is out that nothing is wrong with.
-_ASKED_FOR: Final = frozenset({errno.ECANCELED, errno.ENODEV, errno.ESHUTDOWN})
 
 
 class MemberState(Enum):
@@ -164,7 +162,7 @@ class Raid1(Stacked):
         self._is_open = False
         for member in self._members:
             if member.state is MemberState.REBUILDING:
-                self._take_out(member, OSError(errno.ESHUTDOWN, "the disk is closed"))
+                self._take_out(member, OSError(errno.ESHUTDOWN, "the disk is closed"), asked_for=True)
         for member in list(self._members):
             await member.wait_unused()
         await super().aclose()
@@ -244,7 +242,7 @@ class Raid1(Stacked):
             finally:
                 member.rebuild = None
                 if member.state is MemberState.REBUILDING:
-                    self._take_out(member, OSError(errno.ECANCELED, "the rebuild was cancelled"))
+                    self._take_out(member, OSError(errno.ECANCELED, "the rebuild was cancelled"), asked_for=True)
         if member.state is MemberState.FAILED:
             raise OSError(member.error, f"{self}: {backend} could not be rebuilt: {errno_text(member.error)}")
 
@@ -261,7 +259,7 @@ class Raid1(Stacked):
             raise UsageError(f"{self}: {backend} is being removed already")
         if self._in_sync() == [member]:
             raise UsageError(f"{self}: {backend} is the last member in sync: it cannot be removed")
-        self._take_out(member, OSError(errno.ENODEV, "removed"))
+        self._take_out(member, OSError(errno.ENODEV, "removed"), asked_for=True)
         member.is_leaving = True
         try:
             await member.wait_unused()
@@ -283,12 +281,12 @@ class Raid1(Stacked):
         """Whom a change must reach."""
         return [member for member in self._members if member.state is not MemberState.FAILED]
 
-    def _take_out(self, member: _Member, failure: Exception) -> None:
+    def _take_out(self, member: _Member, failure: Exception, *, asked_for: bool = False) -> None:
         if member.state is MemberState.FAILED:
             return
         assert self._in_sync() != [member], f"{member} is the last member in sync"
         member.state, member.error = MemberState.FAILED, _errno_of(failure)
-        level = logging.INFO if member.error in _ASKED_FOR else logging.WARNING
+        level = logging.INFO if asked_for else logging.WARNING
         logger.log(level, "%s: %s is out: %s", self, member, errno_text(member.error))
         if member.rebuild is not None:
             member.rebuild.cancel()
