@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from unittest import mock
 
 import attrs
@@ -15,7 +16,7 @@ import trio.testing
 from hypothesis import settings
 
 from tests.backends.raid_members import SECTOR, Member, Part
-from ublk_trio import DeviceOptions, Memory, SimKernel, UsageError, open_target
+from ublk_trio import DeviceOptions, File, Memory, SimKernel, UsageError, open_target
 from ublk_trio.backends import MemberState, Raid1, capabilities, check_geometry, raid1
 from ublk_trio.kernel_sim import SeededChoices
 from ublk_trio.testing import Storage, run_against
@@ -267,18 +268,24 @@ async def test_a_member_comes_back(autojump_clock: trio.testing.MockClock) -> No
         async def load(seed: int) -> None:
             for number in range(50):
                 await write(disk, (number * 7 + seed) % 13 * SECTOR, bytes([number + 50 * seed]), 3)
+
+        async def watch() -> None:
+            while states(disk) != [IN_SYNC, IN_SYNC]:
                 done.append(disk.status().members[1].done_bytes)
+                await trio.sleep(0.1)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(load, 0)
             nursery.start_soon(load, 1)
+            nursery.start_soon(watch)
             await disk.rebuild(second)
             assert states(disk) == [IN_SYNC, IN_SYNC]
         assert first.content == second.content
     progress = [count for count in done if count is not None]
     assert progress == sorted(progress)
-    assert len(set(progress)) > 2
-    assert None in done
+    assert progress[0] == 0
+    assert set(progress) <= set(range(0, SIZE + 1, WINDOW))
+    assert len(set(progress)) > 1
 
 
 async def test_a_new_backend_joins_and_leaves() -> None:
@@ -416,6 +423,76 @@ async def test_what_was_out_is_forgotten_when_it_is_opened_again() -> None:
     assert await read(disk) == b"x" * SECTOR
     await disk.aclose()
     assert [(member.opened, member.closed, member.misuse) for member in (first, second)] == [(1, 1, []), (2, 2, [])]
+
+
+async def test_closed_while_a_member_is_removed() -> None:
+    """The disk waits for the request that the removal waits for, and closes the member itself, once."""
+    first, second = members_of()
+    first.gate = trio.Event()
+    disk = Raid1([first, second])
+    await disk.open()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(write, disk)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(disk.remove, first)
+        nursery.start_soon(disk.aclose)
+        await trio.testing.wait_all_tasks_blocked()
+        first.gate.set()
+    assert [(member.opened, member.closed, member.misuse) for member in (first, second)] == [(1, 1, [])] * 2
+
+
+async def test_closed_while_a_backend_joins() -> None:
+    """What was opened for it is closed again."""
+
+    class Slow(Member):
+        async def open(self) -> None:
+            await super().open()
+            await ready.wait()
+
+    ready = trio.Event()
+    first, slow = Member(SIZE), Slow(SIZE, name="slow")
+    disk = Raid1([first])
+    await disk.open()
+
+    async def rebuild() -> None:
+        with pytest.raises(UsageError, match="raid1:8K: was closed while slow was opened"):
+            await disk.rebuild(slow)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(rebuild)
+        await trio.testing.wait_all_tasks_blocked()
+        await disk.aclose()
+        ready.set()
+    assert (slow.opened, slow.closed, slow.misuse) == (1, 1, [])
+
+
+async def test_files_are_known_by_what_was_given(tmp_path: Path) -> None:
+    """A `File` is served in threads by another object; members are named by the one that the caller has."""
+    paths = [tmp_path / "first", tmp_path / "second"]
+    for path in paths:
+        path.write_bytes(bytes(SIZE))
+    first, second = (File(str(path)) for path in paths)
+    disk = Raid1([first])
+    await disk.open()
+    await write(disk, text=b"f", sectors=16)
+    await disk.rebuild(second)
+    await disk.remove(first)
+    await disk.rebuild(first)
+    await disk.aclose()
+    assert paths[0].read_bytes() == paths[1].read_bytes() == b"f" * SIZE
+
+
+async def test_a_read_only_mirror_is_not_written() -> None:
+    """A failed read is served by another member, and nothing is mended."""
+    members = members_of()
+    for member in members:
+        member.read_only = True
+    async with mirror(*members) as disk:
+        assert capabilities(disk) == {"read"}
+        members[0].fail("read")
+        await read(disk)
+        assert [name for name, _, _ in members[0].calls] == ["read"]
+        assert states(disk) == [IN_SYNC, IN_SYNC]
 
 
 async def test_geometry() -> None:

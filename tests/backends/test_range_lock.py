@@ -43,6 +43,7 @@ async def test_cancelled_claims(autojump_clock: trio.testing.MockClock) -> None:
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(hold, lock, "c", 2, 8, log)
+        await trio.testing.wait_all_tasks_blocked()
         nursery.start_soon(hold, lock, "d", 6, 8, log)
         await trio.testing.wait_all_tasks_blocked()
         assert log == ["+a"]
