@@ -43,7 +43,7 @@ _raid1 = _planted(PLANTED_RAID1)
 
 @_raid0
 def strips_wrap_late() -> Iterator[None]:
-    """A strip's place on its member counts all strips, not the rows: two strips meet."""
+    """All members but the first use the row behind the right one, so that in the last row two strips meet."""
     pieces = Raid0.pieces
 
     def wrong(self: Raid0, offset: int, length: int) -> Iterator[Piece]:

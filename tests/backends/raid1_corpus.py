@@ -14,8 +14,8 @@ from ublk_trio.testing import Operation
 ALL = Pass(until="all")
 #: For a crash: nothing survives that was not settled.
 LOSES_ALL = 2
-#: For a call: it suspends for one pass; for some; for a second.
-PASS, PASSES, SLEEP = 1, 2, 3
+#: For a call: it suspends for one pass; for a second.
+PASS, SLEEP = 1, 3
 
 
 class Planned(Choices):
