@@ -66,7 +66,10 @@ _TRANSITIONS = (
 )
 #: What is mutated, and the tests that must notice. They must be quick, and the same at every run.
 TESTS: Mapping[str, Sequence[str]] = MappingProxyType(
-    {"ublk_trio.tag": ("tests/test_tag.py",)}
+    {
+        "ublk_trio.tag": ("tests/test_tag.py",),
+        "ublk_trio.rpc.splitter": ("tests/rpc/test_splitter.py",),
+    }
     | {f"ublk_trio.kernel_sim.{name}": ("tests/sim",) for name in _TRANSITIONS}
 )
 #: Seconds of CPU time that a mutant's tests get: for what they need on the original, for themselves, and to import them.

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
@@ -16,9 +16,12 @@ import trio.testing
 
 from tests.rpc.fake_table import FAKE_METHODS, Service
 from ublk_trio.rpc import FRAMEWORK_METHODS, Dispatcher, Framework, Limits, RpcServer, State, serve_rpc
+from ublk_trio.rpc.splitter import Splitter
 
 #: Long enough for everything that a test waits for: virtual seconds, mostly.
 SECONDS_MAX = 20_000.0
+#: Of a splitter.
+BOUNDS = {"bytes_max": 1 << 20, "depth_max": 64}
 
 
 @attrs.define
@@ -135,6 +138,17 @@ async def served(
 async def settle() -> None:
     """Let every task run until it waits for something that is still to come."""
     await trio.testing.wait_all_tasks_blocked()
+
+
+def split(pieces: Iterable[bytes], **bounds: int) -> Iterator[bytes]:
+    """The values of a stream that comes in these pieces."""
+    splitter = Splitter(**{**BOUNDS, **bounds})
+    for piece in pieces:
+        splitter.feed(piece)
+        while (value := splitter.next_value()) is not None:
+            yield value
+    if (value := splitter.finish()) is not None:
+        yield value
 
 
 def open_files() -> int:

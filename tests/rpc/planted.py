@@ -87,7 +87,7 @@ def any_bracket_closes() -> Iterator[None]:
         yield
 
 
-@_planted("test_splitter.py", "linear and quotes")
+@_planted("test_splitter_any_cut.py", "linear and quotes")
 def looks_again() -> Iterator[None]:
     """A value that is not whole is looked at from its beginning with every piece."""
     find = Splitter._find_end

@@ -80,11 +80,7 @@ class Splitter:
         return value
 
     def _skip_space(self) -> None:
-        space = _SPACE.match(self._buffer)
-        assert space is not None
-        length = space.end()
-        del space  # it holds the buffer, which then could not change its size
-        del self._buffer[:length]
+        del self._buffer[: _end(_SPACE, self._buffer, 0)]
 
     def _find_end(self) -> int | None:
         """Look at what is new. The end of the value, or None."""
