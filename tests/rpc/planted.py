@@ -161,11 +161,13 @@ def any_order() -> Iterator[None]:
     """Some calls take a turn of the scheduler before they begin."""
     handle = Connection._handle
 
-    async def late(self: Connection, value: Any) -> None:
+    async def late(self: Connection, value: Any, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
         if value["method"] == "sleep":
             await trio.lowlevel.checkpoint()
             await trio.lowlevel.checkpoint()
-        await handle(self, value)
+            await trio.lowlevel.checkpoint()
+        await handle(self, value, task_status=trio.TASK_STATUS_IGNORED)
 
     with mock.patch.object(Connection, "_handle", late):
         yield
@@ -177,7 +179,7 @@ def one_at_a_time() -> Iterator[None]:
 
     async def begin(self: Connection, calls: trio.Nursery, value: Any) -> None:
         await self._free.acquire()
-        await self._handle(value)
+        await self._handle(value, task_status=trio.TASK_STATUS_IGNORED)
 
     with mock.patch.object(Connection, "_begin", begin):
         yield
@@ -251,6 +253,18 @@ def cut_off_at_the_stop() -> Iterator[None]:
         self._scope.cancel()
 
     with mock.patch.object(Connection, "stop", at_once):
+        yield
+
+
+@_planted("test_server.py", "moment")
+def started_unshielded() -> Iterator[None]:
+    """A call that begins in the moment of a stop is cancelled with the reading."""
+
+    async def begin(self: Connection, calls: trio.Nursery, value: Any) -> None:
+        await self._free.acquire()
+        await calls.start(self._handle, value)
+
+    with mock.patch.object(Connection, "_begin", begin):
         yield
 
 

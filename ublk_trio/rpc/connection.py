@@ -133,14 +133,17 @@ class Connection:
         raise RpcError(ErrorCode.PARSE_ERROR, f"parse error: the request did not end within {seconds:g} s")
 
     async def _begin(self, calls: trio.Nursery, value: Any) -> None:
-        # Also a checkpoint: the task of the request before has run to its first wait when we are back. So calls begin in
-        # the order of their requests.
         await self._free.acquire()
-        calls.start_soon(self._handle, value)
+        # A task that is started this way has run to its first wait when we are back: calls begin in the order of their
+        # requests, and what needs no waiting is answered before anything that we say next. Without the shield a stop in
+        # this very moment would cancel the call instead of letting it finish.
+        with trio.CancelScope(shield=True):
+            await calls.start(self._handle, value)
 
     # Calling -----------------------------------------------------------------------------------------------------------
 
-    async def _handle(self, value: Any) -> None:
+    async def _handle(self, value: Any, *, task_status: trio.TaskStatus[None]) -> None:
+        task_status.started()
         try:
             text = await (self._answer_batch(value) if isinstance(value, list) else self._answer(value))
             if text is not None:
