@@ -171,6 +171,7 @@ async def test_overlapping_writes(late: int, autojump_clock: trio.testing.MockCl
 @pytest.mark.parametrize("call", ["write", "flush", "write_zeroes"])
 async def test_a_member_that_fails_a_change_is_out(call: str, caplog: pytest.LogCaptureFixture) -> None:
     """The application sees no error; the member gets nothing any more; a warning names it, and so does the status."""
+    caplog.set_level(logging.WARNING, logger="ublk_trio")
     first, second = members_of()
     async with mirror(first, second) as disk:
         first.fail(call, number=errno.ENOSPC)
