@@ -75,14 +75,17 @@ def test_each_request_takes_one_of_two_latencies(request_kind: str) -> None:
 
 async def test_the_mean_holds_on_a_real_clock() -> None:
     """Far below what a timer can do, the mean is within a tenth of what was asked for: too long waits are made up for."""
-    delay = delayed(Null(1 << 20), avg_read_us=200, p99_read_us=200)
-    await delay.open()
     buffer = memoryview(bytearray(512))
-    begin = time.perf_counter()
-    for _ in range(1500):
-        await delay.read(0, buffer)
-    # On a machine that is busy with other things for longer than 0.1 s at once, it may be more.
-    assert 180 < (time.perf_counter() - begin) / 1500 * 1e6 < 300
+    means = []
+    # A machine that is busy with something else for longer than is made up for spoils a round, but not each of them.
+    for _ in range(5):
+        delay = delayed(Null(1 << 20), avg_read_us=200, p99_read_us=200)
+        await delay.open()
+        begin = time.perf_counter()
+        for _ in range(500):
+            await delay.read(0, buffer)
+        means.append((time.perf_counter() - begin) / 500 * 1e6)
+    assert min(means) == pytest.approx(200, rel=0.1)
 
 
 async def test_an_overlong_wait_is_made_up_for_once(mock_clock: trio.testing.MockClock) -> None:
