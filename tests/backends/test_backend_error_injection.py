@@ -103,6 +103,7 @@ async def check_counts(kind: type[ErrorInjection], acts: list[Act]) -> None:
                 assert len(base.log) == calls + (expected == 0), "what fails does not get to the base"
 
 
+@settings(deadline=None)
 @given(acts)
 def test_injections_count_down_each_for_its_type(acts: list[Act]) -> None:
     """The next so many of a type fail, none of another; a new injection takes the old one's place; clear ends all."""

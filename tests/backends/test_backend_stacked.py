@@ -241,6 +241,7 @@ def test_a_file_is_served_in_threads(tmp_path: Path) -> None:
 subsets = st.frozensets(st.sampled_from(sorted(OPTIONAL)))
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(subsets, st.booleans()), min_size=1, max_size=3))
 def test_a_stack_can_do_what_its_bases_can(bases: list[tuple[frozenset[str], bool]]) -> None:
     """Write, discard and zero when all can; flush when one that can be written can; read always."""
@@ -271,6 +272,7 @@ class Shaped(Null):
         self.rotational = rotational
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(
