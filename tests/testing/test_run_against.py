@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -107,6 +108,7 @@ def test_the_dead_are_quiet(caplog: pytest.LogCaptureFixture) -> None:
     """What a killed server's tasks say on their way out is no error of anybody's."""
     run_against(Honest, endings=["kill"], settings=settings(CHECK, max_examples=20))
     assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    assert logging.getLogger("ublk_trio").level == logging.NOTSET, "only the dead are quiet"
 
 
 @pytest.mark.parametrize("fault", ["lost-write", "misdirected-write"])

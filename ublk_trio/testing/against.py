@@ -168,6 +168,7 @@ class _Run:
                         self._end([one for one in begun if one[1].done], kills)
                         if self.kernel.kills == kills:
                             self.kernel.kill_server()
+                            _LOGGER.setLevel(logging.CRITICAL + 1)
                             self._die(life)
                     else:
                         for _, bio in begun:
@@ -179,7 +180,6 @@ class _Run:
 
     def _die(self, life: Life) -> None:
         """At once: what the dead process' tasks still do on their way out changes nothing, and interests nobody."""
-        _LOGGER.setLevel(logging.CRITICAL + 1)
         self.storage = self.storage.crash() if life.ending == "crash" else self.storage.restart()
         if self.model is not None:
             self.model.crash()
