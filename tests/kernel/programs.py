@@ -154,11 +154,13 @@ def requests_done(disk: str) -> int:
 
 
 class Server:
-    """`ublk_trio start` or `recover` as a process of its own. Made by `start_server` and `recover_server`."""
+    """`ublk_trio start` or `recover` as a process of its own. Made by `start_server`, `operated_server` and
+    `recover_server`."""
 
     def __init__(self, process: trio.Process, stderr: IO[bytes]) -> None:
         self.process = process
         self.disks: list[str] = []
+        self.expected_stderr = ""
         self._stderr = stderr
 
     @property
@@ -217,6 +219,16 @@ async def start_server(
 
 
 @asynccontextmanager
+async def operated_server(socket: str, *, config: str | Path | None = None, disks: int = 0) -> AsyncIterator[Server]:
+    """A server that listens at a socket for remote calls; ``disks``: how many the configuration has."""
+    more = [] if config is None else ["--config", str(config)]
+    async with _serving(["start", "--rpc-socket", socket, *more], disks=disks, ends_with=signal.SIGTERM) as server:
+        await wait_until(lambda: exists(socket), seconds=START_SECONDS_MAX)
+        server.expected_stderr = f"ublk-trio: listening at {socket}\n"
+        yield server
+
+
+@asynccontextmanager
 async def recover_server(disk: str, backend: str, *, options: Sequence[str] = ()) -> AsyncIterator[Server]:
     """As `start_server`, for a disk whose server was killed."""
     arguments = ["recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
@@ -236,7 +248,7 @@ async def _serving(arguments: Sequence[str], *, disks: int, ends_with: signal.Si
             yield server
             if process.returncode is None:
                 code = await server.stop(ends_with)
-                assert (code, server.stderr()) == (0, "")
+                assert (code, server.stderr()) == (0, server.expected_stderr)
         finally:
             with trio.CancelScope(shield=True):
                 await _end(process)

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterable
 
 import attrs
 import trio
@@ -46,7 +47,7 @@ async def wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskSta
             cancel.cancel()
 
 
-async def _watch_for_release(asked: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
+async def watch_for_release(asked: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
     """Set the event at SIGUSR2."""
     with trio.open_signal_receiver(signal.SIGUSR2) as signals:
         task_status.started()
@@ -54,9 +55,8 @@ async def _watch_for_release(asked: trio.Event, *, task_status: trio.TaskStatus[
             asked.set()
 
 
-async def _release_when_asked(asked: trio.Event, devices: list[Device]) -> None:
-    """Let go of every disk that can outlive its server, and stop the others."""
-    await asked.wait()
+def release_all(devices: Iterable[Device]) -> None:
+    """Begin to let go of every disk that can outlive its server, and to stop the others."""
     logger.info("SIGUSR2: releasing")
     for device in devices:
         try:
@@ -66,6 +66,11 @@ async def _release_when_asked(asked: trio.Event, devices: list[Device]) -> None:
             device.ask_to_stop()
 
 
+async def _release_when_asked(asked: trio.Event, devices: list[Device]) -> None:
+    await asked.wait()
+    release_all(devices)
+
+
 async def serve_until_signal(disks: list[Disk], *, json: bool) -> int:
     """Start the disks on the real kernel, say so, and serve them until a signal. Returns the exit code."""
     code = ExitCode.OK
@@ -73,7 +78,7 @@ async def serve_until_signal(disks: list[Disk], *, json: bool) -> int:
         serving = trio.CancelScope()
         release_asked = trio.Event()
         await nursery.start(wait_for_signal, serving)
-        await nursery.start(_watch_for_release, release_asked)
+        await nursery.start(watch_for_release, release_asked)
         with serving:
             async with open_target(RealKernel()) as target:
                 devices = [await _start_one(target, disk, json=json) for disk in disks]
