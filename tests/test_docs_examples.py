@@ -135,6 +135,8 @@ class Terminal:
                 self._kill(step)
         elif step.command == "kill -KILL %1":
             self._kill(step, signal.SIGKILL)
+        elif step.command == "kill -USR2 %1":
+            self._kill(step, signal.SIGUSR2)
         elif step.in_background:
             self._start(step)
         else:
@@ -178,7 +180,7 @@ class Terminal:
         status = self._background.wait(_SECONDS_MAX)
         printed = self._background_output.read_text()[before:]
         self._background = None
-        assert status == (0 if number == signal.SIGTERM else -number), f"exit {status}:\n{printed}"
+        assert status == (-number if number == signal.SIGKILL else 0), f"exit {status}:\n{printed}"
         assert step.expects(printed), f"{step.command}\nprinted:\n{printed}\nthe page says:\n{step.output}"
 
     def close(self) -> None:

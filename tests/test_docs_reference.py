@@ -38,10 +38,10 @@ RPC = (ROOT / "docs" / "rpc.md").read_text()
 API = (ROOT / "docs" / "api.md").read_text()
 #: Public to the other modules of the simulator only.
 FOR_THE_SIMULATOR = {
-    "changed", "char_path", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
+    "changed", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
     "put_device", "run", "violation",
 }  # fmt: skip
-COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim", "rpc")
+COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim", "rpc", "udev-rule", "node-owner")
 #: What the page calls a positional argument.
 POSITIONAL = {"IDS": "ID", "PARAMETERS": "KEY=VALUE"}
 

@@ -8,6 +8,9 @@ former. GET_FEATURES (6.5) exists only in the latter, so its answer decides.
 
 Facts about DEL_DEV: it takes a mutex killably, removes the device, and then waits interruptibly for its last user. Only a
 process that is being killed can be interrupted before the removal; so whoever lives to see EINTR has removed the device.
+
+An unprivileged device (6.3) is reached, by root too, only with the path of its char device in front of a command's buffer: who may
+use that file may use the device. Which devices are unprivileged is learnt from `add_device` and `device_info`.
 """
 
 from __future__ import annotations
@@ -49,6 +52,10 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (None, errno.EACCES): _NOT_ALLOWED,
     (None, errno.EOPNOTSUPP): _UNKNOWN,
     (None, ENOTSUPP): _UNKNOWN,
+    (
+        ControlCommand.ADD_DEV,
+        errno.EPERM,
+    ): "only root may make such a disk; an ordinary user can make an unprivileged one",
     (ControlCommand.ADD_DEV, errno.EEXIST): "the id is in use; choose another, or leave it out to get a free one",
     (ControlCommand.ADD_DEV, errno.EACCES): (
         "the driver's limit on devices is reached; raise /sys/module/ublk_drv/parameters/ublks_max or stop one"
@@ -68,9 +75,14 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
 }
 
 
-def _refusal(command: ControlCommand, dev_id: int, result: int) -> KernelError:
+_NOT_YOURS = "{} belongs to another user, or to root as long as no udev rule gives it away (`ublk-trio udev-rule`)"
+
+
+def _refusal(command: ControlCommand, dev_id: int, result: int, *, path: str = "") -> KernelError:
     which = "" if dev_id == ANY_DEVICE_ID else f" for ublk device {dev_id}"
     meaning = _MEANING.get((command, -result)) or _MEANING.get((None, -result))
+    if path and -result in (errno.EACCES, errno.EPERM):
+        meaning = _NOT_YOURS.format(path)
     text = f"the kernel refused {command.name}{which}: {errno_text(result)}"
     return KernelError(-result, f"{text}: {meaning}" if meaning else text)
 
@@ -80,8 +92,11 @@ class Control:
     """A control ring, with what the kernel offers. Any number of tasks may use it at once."""
 
     _ring: ControlRing
+    _kernel: Kernel
     #: None: a kernel before 6.5, which cannot be asked.
     features: Feature | None = None
+    #: The ids that were an unprivileged device's when they were last looked at.
+    _unprivileged: set[int] = attrs.Factory(set)
 
     @property
     def ioctl_encoded(self) -> bool:
@@ -105,12 +120,34 @@ class Control:
         buffer: bytearray | None = None,
         data: int = 0,
     ) -> int:
+        # What one command of an unprivileged device has, all have; but ADD_DEV's is not there yet, and its id was another's.
+        needs_path = command is ControlCommand.GET_DEV_INFO2 or (
+            dev_id in self._unprivileged and command not in (ControlCommand.ADD_DEV, ControlCommand.GET_DEV_INFO)
+        )
+        path = self._kernel.char_path(dev_id) if needs_path else ""
+        # With its NUL; empty without a path.
+        prefix = path.encode() + b"\0" if path else b""
+        sent = bytearray(prefix + (buffer or b"")) if prefix else buffer
         result = await self._ring.submit(
-            command, dev_id=dev_id, data=data, buffer=buffer, ioctl_encoded=self.ioctl_encoded
+            command,
+            dev_id=dev_id,
+            data=data,
+            buffer=sent,
+            dev_path_length=len(prefix),
+            ioctl_encoded=self.ioctl_encoded,
         )
         if result < 0:
-            raise _refusal(command, dev_id, result)
+            raise _refusal(command, dev_id, result, path=path)
+        if prefix and buffer is not None and sent is not None:
+            buffer[:] = sent[len(prefix) :]
         return result
+
+    def _learn(self, info: DevInfo) -> DevInfo:
+        if Feature.UNPRIVILEGED_DEV in info.flags:
+            self._unprivileged.add(info.dev_id)
+        else:
+            self._unprivileged.discard(info.dev_id)
+        return info
 
     async def _ask_features(self) -> None:
         buffer = bytearray(FEATURES_LEN)
@@ -128,7 +165,7 @@ class Control:
         # Whether the device exists must be known, or nobody would ever delete it.
         with trio.CancelScope(shield=True):
             await self._submit(ControlCommand.ADD_DEV, info.dev_id, buffer=buffer)
-        return DevInfo.unpack(buffer)
+        return self._learn(DevInfo.unpack(buffer))
 
     async def set_params(self, dev_id: int, params: Params) -> None:
         """SET_PARAMS; only before START_DEV."""
@@ -196,7 +233,9 @@ class Control:
                 info = await self.device_info(dev_id)
 
     async def delete_device_async(self, dev_id: int) -> bool:
-        """DEL_DEV_ASYNC: the same without the wait. False if this kernel does not know it (before 6.9)."""
+        """DEL_DEV_ASYNC: the same without the wait. False if this kernel does not know it (before 6.9), or not for this device."""
+        if dev_id in self._unprivileged:
+            return False  # the driver has forgotten it in its list of what they may be sent
         try:
             await self._submit(ControlCommand.DEL_DEV_ASYNC, dev_id)
         except KernelError as error:
@@ -206,16 +245,25 @@ class Control:
         return True
 
     async def device_info(self, dev_id: int) -> DevInfo:
-        """GET_DEV_INFO."""
+        """GET_DEV_INFO; for an unprivileged device GET_DEV_INFO2."""
+        try:
+            return await self._info(ControlCommand.GET_DEV_INFO, dev_id)
+        except KernelError as error:
+            if error.errno != errno.EINVAL or self.features is None:
+                raise
+        # It has to be asked for by its path.
+        return await self._info(ControlCommand.GET_DEV_INFO2, dev_id)
+
+    async def _info(self, command: ControlCommand, dev_id: int) -> DevInfo:
         buffer = bytearray(DevInfo(nr_hw_queues=0, queue_depth=0, max_io_buf_bytes=0, dev_id=dev_id).pack())
-        await self._submit(ControlCommand.GET_DEV_INFO, dev_id, buffer=buffer)
-        return DevInfo.unpack(buffer)
+        await self._submit(command, dev_id, buffer=buffer)
+        return self._learn(DevInfo.unpack(buffer))
 
 
 @asynccontextmanager
 async def open_control(kernel: Kernel) -> AsyncIterator[Control]:
     """Open a kernel's control device and find out what its driver offers. Raises `KernelUnavailableError`."""
     async with kernel.open_control() as ring:
-        control = Control(ring)
+        control = Control(ring, kernel)
         await control._ask_features()
         yield control

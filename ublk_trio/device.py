@@ -50,6 +50,9 @@ logger = logging.getLogger("ublk_trio.device")
 REFUSE_SECONDS = 5.0
 #: Seconds that DEL_DEV may take. It takes long only while somebody else has the disk open.
 DELETE_SECONDS = 5.0
+#: Seconds that udev has to give an unprivileged device's nodes to their owner.
+ACCESS_SECONDS = 30.0
+_ACCESS_PAUSE_SECONDS = 0.05
 #: Seconds between two looks at whether everything is answered, before a disk is let go. In between Trio waits in the kernel, which
 #: thereby hands over whatever it had on its way to us.
 _LOOK_SECONDS = 0.005
@@ -61,7 +64,8 @@ def already_gone_is_fine() -> Iterator[None]:
     try:
         yield
     except KernelError as error:
-        if error.errno != errno.ENODEV:
+        # ENOENT: of an unprivileged device the node is gone, and the device is about to be.
+        if error.errno not in (errno.ENODEV, errno.ENOENT):
             raise
 
 
@@ -312,6 +316,9 @@ class Device:
             flags |= Feature.NEED_GET_DATA
         if self.options.recovery is not Recovery.OFF and self._control.features is not None:
             flags |= self._control.features & Feature.QUIESCE
+        if self.options.unprivileged:
+            self._control.need(Feature.UNPRIVILEGED_DEV, "make unprivileged disks")
+            flags |= Feature.UNPRIVILEGED_DEV
         return flags | RECOVERY_FLAGS[self.options.recovery]
 
     @asynccontextmanager
@@ -331,6 +338,8 @@ class Device:
                 raise UsageError(f"{self._kernel.name} does not do mode get-data: choose copy")
             if recovery_of(info.flags) is not options.recovery:
                 raise UsageError(f"{self._kernel.name} does not do recovery {options.recovery.value}")
+            if options.unprivileged:
+                await self._wait_for_access(info)
             if info.nr_hw_queues < options.queues:
                 logger.info(
                     "device %d: the kernel gives %d of %d queues", info.dev_id, info.nr_hw_queues, options.queues
@@ -341,6 +350,28 @@ class Device:
         finally:
             if self._owned:
                 await self._delete(info.dev_id)
+
+    async def _wait_for_access(self, info: DevInfo) -> None:
+        """An ordinary user may use the device once udev has given its char device's node to them."""
+        if Feature.UNPRIVILEGED_DEV not in info.flags:
+            raise UsageError("root's disks are never unprivileged: leave that out, or be an ordinary user")
+        deadline = trio.current_time() + ACCESS_SECONDS
+        while True:
+            try:
+                await self._control.device_info(info.dev_id)
+            except KernelError as error:
+                if error.errno not in (errno.EACCES, errno.EPERM):
+                    raise
+                if trio.current_time() > deadline:
+                    raise KernelError(
+                        errno.EACCES,
+                        f"{self._kernel.char_path(info.dev_id)} was not given to this user within {ACCESS_SECONDS:g} s: install the "
+                        "udev rule (as root: `ublk-trio udev-rule --install`); what was begun is left for root: "
+                        f"`ublk-trio stop {info.dev_id}`",
+                    ) from None
+            else:
+                return
+            await trio.sleep(_ACCESS_PAUSE_SECONDS)
 
     @asynccontextmanager
     async def _taken_over(self, recoverable: Recoverable) -> AsyncIterator[None]:
@@ -358,7 +389,14 @@ class Device:
         if self._deleted:
             return
         with trio.move_on_after(DELETE_SECONDS, shield=True) as scope, already_gone_is_fine():
-            await self._control.delete_device(dev_id)
+            try:
+                await self._control.delete_device(dev_id)
+            except KernelError as error:
+                if not self.options.unprivileged or error.errno not in (errno.EACCES, errno.EPERM):
+                    raise
+                # Given up before udev had given it to us.
+                logger.warning("device %d is left for root to remove: %s", dev_id, error)
+                return
             logger.info("device %d: deleted", dev_id)
         if scope.cancelled_caught:
             logger.warning(

@@ -85,6 +85,8 @@ class DeviceOptions:
     serve: Serve | None = None
     read_only: bool = False
     recovery: Recovery = attrs.field(default=Recovery.OFF, converter=_to_recovery)
+    #: A disk of an ordinary user's; root has none of these.
+    unprivileged: bool = False
     #: Seconds without progress after which a stop no longer waits for the backend: what it still holds fails with EIO.
     grace_seconds: float = 10.0
 
@@ -96,6 +98,8 @@ class DeviceOptions:
         _check_range("max_io_bytes", self.max_io_bytes, page_size, MAX_IO_BYTES)
         if self.dev_id is not None:
             _check_range("the device id", self.dev_id, 0, MAX_DEVICES - 1)
+        if self.unprivileged and self.recovery is not Recovery.OFF:
+            raise UsageError("an unprivileged disk has no recovery: the kernel does not let it outlive its server")
         if self.serve not in (None, *get_args(Serve)):
             raise UsageError(f"serve is {self.serve!r}: known are {', '.join(get_args(Serve))}")
         if self.max_io_bytes % page_size:

@@ -61,6 +61,7 @@ class Recoverable:
             max_io_bytes=info.max_io_buf_bytes,
             mode=DataMode.GET_DATA if Feature.NEED_GET_DATA in info.flags else DataMode.COPY,
             recovery=recovery_of(info.flags),
+            unprivileged=Feature.UNPRIVILEGED_DEV in info.flags,
             read_only=BasicAttr.READ_ONLY in self.params.basic.attrs,
         )
 

@@ -186,6 +186,10 @@ class Kernel(Protocol):
         """The path by which users know the disk, ``/dev/ublkbN``."""
         ...
 
+    def char_path(self, dev_id: int) -> str:
+        """The path of the char device, ``/dev/ublkcN``."""
+        ...
+
     def disk_users(self, dev_id: int) -> list[str]:
         """Who has the disk open, in words, as far as this process may know. For messages: it may be wrong a moment later."""
         ...

@@ -15,7 +15,7 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import ublk_trio
-from ublk_trio.cli import devices, doctor, features, recover, rpc, sim, start
+from ublk_trio.cli import devices, doctor, features, recover, rpc, sim, start, udev
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError, error_line
 from ublk_trio.rpc import ErrorCode, NoServerError, RpcError
@@ -34,6 +34,8 @@ app.command(features.features)
 app.command(doctor.doctor)
 app.command(sim.sim)
 app.command(rpc.rpc)
+app.command(udev.udev_rule)
+app.command(udev.node_owner)
 app.meta.group_parameters = cyclopts.Group("Global options", sort_key=0)
 
 

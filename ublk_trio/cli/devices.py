@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import Annotated, Any
@@ -32,7 +33,11 @@ async def _describe(kernel: RealKernel, control: Control, dev_id: int) -> dict[s
     except KernelError as error:
         if error.errno == errno.ENODEV:
             return None  # gone since we looked
-        raise
+        if error.errno not in (errno.EPERM, errno.EACCES):
+            raise
+        # Another user's: that it is there is all that we may know.
+        known = {"id": dev_id, "disk": kernel.disk_path(dev_id), "flags": [], "daemon_alive": False}
+        return dict.fromkeys((*_COLUMNS, "daemon_alive")) | known
     size = None
     try:
         basic = (await control.params(dev_id)).basic
@@ -81,6 +86,9 @@ async def _stop_one(kernel: RealKernel, control: Control, dev_id: int, seconds: 
     """STOP_DEV or TRY_STOP_DEV, then DEL_DEV; both waits bounded together."""
     step = "STOP_DEV"
     with trio.move_on_after(seconds) as scope:
+        with contextlib.suppress(KernelError):
+            # Whether it is an unprivileged one; what is wrong with it says the next command.
+            await control.device_info(dev_id)
         if if_unused:
             await try_stop(kernel, control, dev_id)
         else:

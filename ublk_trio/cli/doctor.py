@@ -82,7 +82,11 @@ def _node() -> Finding:
             what=f"{CONTROL_PATH} is not a character device", fine=False, mend="remove it and modprobe ublk_drv"
         )
     if not os.access(CONTROL_PATH, os.R_OK | os.W_OK):
-        return Finding(what=f"{CONTROL_PATH}: no permission", fine=False, mend="run as root, for example with sudo")
+        return Finding(
+            what=f"{CONTROL_PATH}: no permission",
+            fine=False,
+            mend="run as root, for example with sudo; `ublk-trio udev-rule` lets ordinary users in",
+        )
     return Finding(what=f"{CONTROL_PATH} can be opened", fine=True)
 
 

@@ -40,6 +40,7 @@ async def start(
     serve: Serve | None = None,
     read_only: Annotated[bool, Parameter(negative="")] = False,
     recovery: Literal["off", "requeue", "reissue", "fail"] = "off",
+    unprivileged: Annotated[bool, Parameter(negative="")] = False,
     grace: float = 10.0,
     workload: Pattern | None = None,
     seconds: float | None = None,
@@ -79,6 +80,8 @@ async def start(
         What becomes of a disk when this process is killed. "off": it goes. Else it stays for `ublk-trio recover`, and
         what was in flight here fails ("requeue"), is asked again of the next server ("reissue"), or fails together with
         all else until there is one ("fail").
+    unprivileged
+        Make disks as an ordinary user; `ublk-trio udev-rule` tells how an administrator lets users do that.
     grace
         Seconds without progress after which a stop no longer waits for the backend.
     workload
@@ -129,6 +132,7 @@ async def start(
                 serve=serve,
                 read_only=read_only,
                 recovery=Recovery(recovery),
+                unprivileged=unprivileged,
                 grace_seconds=grace,
             ),
         )
@@ -142,7 +146,8 @@ async def start(
 
 
 async def _simulate(disks: list[Disk], workload: Workload, *, json: bool) -> int:
-    kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True)
+    unprivileged = any(disk.options.unprivileged for disk in disks)
+    kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True, privileged=not unprivileged)
     print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
     async with trio.open_nursery() as nursery:
         running = trio.CancelScope()

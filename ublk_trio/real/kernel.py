@@ -56,6 +56,9 @@ class RealKernel:
     def disk_path(self, dev_id: int) -> str:
         return f"/dev/ublkb{dev_id}"
 
+    def char_path(self, dev_id: int) -> str:
+        return f"/dev/ublkc{dev_id}"
+
     def disk_users(self, dev_id: int) -> list[str]:
         return users_of(self.disk_path(dev_id))
 

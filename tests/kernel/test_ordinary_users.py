@@ -1,0 +1,106 @@
+"""An ordinary user makes, serves, lists and stops disks; the nodes are given away by udev's rule, or by the test in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+import trio
+
+from tests.kernel.programs import CHECKOUT, UBLK_TRIO, Finished, Server, exists, run, ublk_trio
+from ublk_trio.uapi import CONTROL_PATH
+
+USER = 65534
+
+
+async def as_user(*command: str, seconds: float = 180.0) -> Finished:
+    """Run a program as an ordinary user."""
+    return await run("setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups", *command, seconds=seconds)
+
+
+async def _give_away() -> None:
+    """What the rule does: the nodes of each device whose owner `node-owner` names become that user's."""
+    known: set[str] = set()
+    while True:
+        for node in {name for name in os.listdir("/dev") if name.startswith(("ublkc", "ublkb"))} - known:
+            owner = await ublk_trio("node-owner", node)
+            if owner.code == 0:
+                uid, gid = map(int, owner.stdout.split())
+                os.chown(f"/dev/{node}", uid, gid)
+                known.add(node)
+        await trio.sleep(0.2)
+
+
+@asynccontextmanager
+async def users_let_in() -> AsyncIterator[None]:
+    """As if the rule were installed and udev ran."""
+    mode = os.stat(CONTROL_PATH).st_mode & 0o777
+    os.chmod(CONTROL_PATH, 0o666)
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_give_away)
+            yield
+            nursery.cancel_scope.cancel()
+    finally:
+        os.chmod(CONTROL_PATH, mode)
+
+
+@asynccontextmanager
+async def user_server(arguments: Sequence[str]) -> AsyncIterator[Server]:
+    with tempfile.TemporaryFile() as stderr:
+        process = await trio.lowlevel.open_process(
+            [*UBLK_TRIO, "start", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            cwd=CHECKOUT,
+            user=USER,
+            group=USER,
+            extra_groups=[],
+        )
+        try:
+            server = Server(process, stderr)
+            await server.wait_until_live(1)
+            yield server
+        finally:
+            with trio.CancelScope(shield=True):
+                if process.returncode is None:
+                    process.kill()
+                    await process.wait()
+                assert process.stdout is not None
+                await process.stdout.aclose()
+
+
+async def test_a_users_disk() -> None:
+    """The user serves it, uses it, lists it and stops it; every byte is right, and nothing is left."""
+    async with users_let_in(), user_server(["--unprivileged", "--backend", "memory:16M", "--max-io", "64K"]) as server:
+        disk = server.disk
+        with trio.fail_after(60):
+            while os.stat(disk).st_uid != USER:  # noqa: ASYNC110 - there is no event to wait for
+                await trio.sleep(0.1)
+        fio = [
+            *("fio", "--name=verify", f"--filename={disk}", "--rw=randwrite", "--bs=4K", "--size=2M", "--direct=1"),
+            *("--ioengine=psync", "--verify=crc32c", "--verify_fatal=1", "--allow_file_create=0", "--minimal"),
+            *("--thread", "--clocksource=clock_gettime", "--verify_state_save=0"),
+        ]
+        (await as_user(*fio, seconds=400)).check()
+        listed = (await as_user(*UBLK_TRIO, "list", "--json")).check()
+        (entry,) = json.loads(listed.stdout)
+        assert (entry["disk"], entry["state"], entry["pid"]) == (disk, "LIVE", server.pid)
+        assert "UNPRIVILEGED_DEV" in entry["flags"]
+        (await as_user(*UBLK_TRIO, "stop", disk.removeprefix("/dev/ublkb"))).check()
+        assert await server.wait() == 0
+        assert not exists(disk)
+
+
+async def test_what_a_user_may_not() -> None:
+    """Without `--unprivileged`, or with it as root: one line that says so, and nothing is left."""
+    async with users_let_in():
+        refused = await as_user(*UBLK_TRIO, "start", "--backend", "memory:16M")
+        assert (refused.code, refused.stderr.count("\n")) == (1, 1), refused
+        assert "an ordinary user can make an unprivileged one" in refused.stderr
+    refused = await ublk_trio("start", "--unprivileged", "--backend", "memory:16M")
+    assert (refused.code, "root's disks are never unprivileged" in refused.stderr) == (2, True), refused
