@@ -43,6 +43,15 @@ def test_nothing_is_partial_after_a_value() -> None:
     assert not is_partial(splitter)
 
 
+@pytest.mark.parametrize("stream", ["[1, 22", '["abc', '{"a": 1, "b": 22', '"abc', "[[], 1"])
+def test_what_was_looked_at_is_not_looked_at_again(stream: str) -> None:
+    """A value that is not whole has been looked at up to its last byte; the next piece goes on from there."""
+    splitter = Splitter(**BOUNDS)
+    splitter.feed(stream.encode())
+    assert splitter.next_value() is None
+    assert splitter._scanned == len(stream)
+
+
 @pytest.mark.parametrize("stream", ["{", "[", '"', '{"a": 1', '["', '{"a', '[1, "]', '"\\\\\\"'])
 def test_the_end_within_a_value(stream: str) -> None:
     """A stream that ends within brackets or quotation marks is an error; until then the value is partial."""

@@ -114,7 +114,7 @@ class Splitter:
                     return None
                 self._scanned = found.end()
                 self._step(buffer[found.start()])
-            if not self._closers and not self._in_string:
+            if not self._closers:
                 return self._scanned
         return None
 
