@@ -268,7 +268,7 @@ def started_unshielded() -> Iterator[None]:
         yield
 
 
-@_planted("test_cancel_everywhere.py")
+@_planted("test_cancelled_calls.py")
 def connections_are_cancelled() -> Iterator[None]:
     """A connection is cancelled with the server, in the middle of its calls."""
     made = Connection.__init__
