@@ -2,7 +2,8 @@
 
 What a page may contain (docs/testing.md tells readers the same):
 
-- A ``python`` block is a file: its first line is ``# NAME.py``. The page's files lie together in an empty directory.
+- A ``python`` or ``toml`` block is a file: its first line is ``# NAME.py``, ``# NAME.toml``. The page's files lie together in an
+  empty directory.
 - A ``console`` block is a terminal in that directory. ``$ COMMAND`` is run as it stands, and what follows it up to the next
   prompt is what it must print, stdout and stderr as they come. ``…`` stands for any text within a line, and alone on a line for
   any lines. Under ``<!-- numbers vary -->``, any number of two digits or more stands for any number.
@@ -35,7 +36,7 @@ from ublk_trio import RealKernel
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LANGUAGES = frozenset({"python", "console", "sh", "text", "mermaid"})
+LANGUAGES = frozenset({"python", "toml", "console", "sh", "text", "mermaid"})
 
 _FENCE = re.compile(r"^(?P<mark><!-- [^\n]* -->\n)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"\d+\.\d+|\d{2,}")
@@ -54,8 +55,8 @@ class Block:
 
     @property
     def file_name(self) -> str | None:
-        """The name that a ``python`` block gives itself."""
-        match = re.match(r"# (\w+\.py)\n", self.text)
+        """The name that a ``python`` or ``toml`` block gives itself."""
+        match = re.match(r"# (\w+\.(?:py|toml))\n", self.text)
         return match[1] if match else None
 
 
@@ -120,7 +121,7 @@ class Terminal:
         self._background: subprocess.Popen[str] | None = None
         self._background_output = directory / ".background"
         for block in blocks_of(page):
-            if block.language == "python" and block.file_name is not None:
+            if block.language in ("python", "toml") and block.file_name is not None:
                 text = block.text if real else block.text.replace("RealKernel", "SimKernel")
                 (directory / block.file_name).write_text(text)
 

@@ -88,7 +88,7 @@ def test_options(command: str) -> None:
     assert set(documented) == {POSITIONAL.get(name, name) for name in arguments}
     for name, argument in arguments.items():
         default = argument.field_info.default
-        if default not in (None, inspect.Parameter.empty, False):
+        if default not in (None, inspect.Parameter.empty, False, ()):
             assert documented[name] == f"`{default}`", name
         elif default is False:
             assert documented[name] == "off", name
