@@ -304,6 +304,23 @@ async def test_a_new_backend_joins_and_leaves() -> None:
     assert (new.opened, new.closed) == (1, 1)
 
 
+async def test_a_backend_that_joined_is_out_until_it_is_rebuilt() -> None:
+    """Joined, it is open and gets nothing; what does not fit, or is a member, is refused and closed."""
+    first, new = members_of()
+    async with mirror(first) as disk:
+        await disk.join(new)
+        await write(disk, text=b"y")
+        assert [member.state for member in disk.status().members] == [MemberState.IN_SYNC, MemberState.FAILED]
+        assert (new.opened, new.calls) == (1, [])
+        with pytest.raises(UsageError, match="member already"):
+            await disk.join(new)
+        await disk.rebuild(new)
+        assert new.content == first.content
+    with pytest.raises(UsageError, match="not open"):
+        await disk.join(new)
+    assert (new.opened, new.closed) == (1, 1)
+
+
 async def test_what_cannot_be_removed() -> None:
     """The last member in sync, and what is no member: one line each."""
     first, second = members_of()

@@ -246,6 +246,17 @@ class Raid1(Stacked):
         if member.state is MemberState.FAILED:
             raise OSError(member.error, f"{self}: {backend} could not be rebuilt: {errno_text(member.error)}")
 
+    async def join(self, backend: Backend) -> None:
+        """Makes a new backend a member that is out, for `rebuild` to bring in sync.
+
+        For those who want to know at once whether it fits. Raises as `rebuild` before it copies.
+        """
+        if not self._is_open:
+            raise UsageError(f"{self}: is not open: join {backend} while the disk is served")
+        if self._find(backend) is not None:
+            raise UsageError(f"{self}: {backend} is a member already")
+        await self._join(backend)
+
     async def remove(self, backend: Backend) -> None:
         """Takes a member out, in whatever state it is; returns when it is closed and forgotten.
 

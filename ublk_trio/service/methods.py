@@ -8,6 +8,7 @@ from ublk_trio.rpc import Method
 from ublk_trio.service.methods_bdev import BDEV_METHODS
 from ublk_trio.service.methods_config import CONFIG_METHODS
 from ublk_trio.service.methods_plain import PLAIN_METHODS
+from ublk_trio.service.methods_raid import RAID_METHODS
 from ublk_trio.service.methods_stacked import STACKED_METHODS
 from ublk_trio.service.methods_ublk import UBLK_METHODS
 from ublk_trio.service.service import Service
@@ -16,6 +17,7 @@ METHODS: Final[tuple[Method[Service, Any], ...]] = (
     *BDEV_METHODS,
     *PLAIN_METHODS,
     *STACKED_METHODS,
+    *RAID_METHODS,
     *UBLK_METHODS,
     *CONFIG_METHODS,
 )

@@ -11,10 +11,13 @@ from uuid import UUID
 from weakref import WeakKeyDictionary
 
 import attrs
+import trio
 
 from ublk_trio.backends import Backend
+from ublk_trio.backends.stacked import Stacked
 from ublk_trio.bdev import Bdev, Descriptor, Registry, open_registry
 from ublk_trio.errors import BackendError
+from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
 from ublk_trio.service.disks import Attend, Disks, leave_alone, open_disks
 
@@ -37,15 +40,19 @@ class Made:
     params: Callable[[], dict[str, Any]]
     #: What only this kind of bdev has to say about itself.
     specific: Callable[[], dict[str, Any]]
+    #: What remains to be called when all bdevs are there.
+    afterwards: Callable[[], list[Call]] = list
 
 
 class Service:
     """Made by `open_service`, never directly."""
 
-    def __init__(self, kernel: Kernel, registry: Registry, disks: Disks) -> None:
+    def __init__(self, kernel: Kernel, registry: Registry, disks: Disks, tasks: trio.Nursery) -> None:
         self.kernel = kernel
         self.registry = registry
         self.disks = disks
+        #: For what goes on after the call that asked for it. Tasks end with the bdevs that they work for, and raise nothing.
+        self.tasks = tasks
         self._made: WeakKeyDictionary[Bdev, Made] = WeakKeyDictionary()
 
     async def make(
@@ -88,15 +95,29 @@ class Service:
 
     def calls(self) -> list[Call]:
         """The calls that make all bdevs again, in an order in which each finds what it stands on."""
-        calls = []
-        for bdev in self.registry:
+        calls: dict[Bdev, Call] = {}
+
+        def add(bdev: Bdev) -> None:
+            # A member that joined later is younger than what stands on it.
+            for base in bdev.backend.bases if isinstance(bdev.backend, Stacked) else ():
+                if isinstance(base.backend, Descriptor) and base.backend.bdev not in calls:
+                    add(base.backend.bdev)
             made = self._made[bdev]
-            calls.append(Call(method=made.method, params={"name": bdev.name, **made.params(), "uuid": str(bdev.uuid)}))
-        return calls
+            params = {"name": bdev.name, **made.params(), "uuid": str(bdev.uuid)}
+            calls[bdev] = Call(method=made.method, params=params)
+
+        for bdev in self.registry:
+            if bdev not in calls:
+                add(bdev)
+        return [*calls.values(), *(call for bdev in calls for call in self._made[bdev].afterwards())]
 
 
 @asynccontextmanager
 async def open_service(kernel: Kernel, *, attend: Attend = leave_alone) -> AsyncIterator[Service]:
     """A service on a kernel. At the end of the block its disks stop, then its bdevs close."""
-    async with open_registry() as registry, open_disks(kernel, registry, attend=attend) as disks:
-        yield Service(kernel, registry, disks)
+    async with (
+        open_plain_nursery() as tasks,
+        open_registry() as registry,
+        open_disks(kernel, registry, attend=attend) as disks,
+    ):
+        yield Service(kernel, registry, disks, tasks)
