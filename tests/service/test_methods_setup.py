@@ -1,0 +1,52 @@
+"""What a saved file of SPDK's sets is taken and changes nothing; the statistics of buffers are those of live disks."""
+
+from __future__ import annotations
+
+import errno
+import logging
+
+import pytest
+import trio
+
+from tests.service.bench import INVALID, open_bench, refused
+from ublk_trio.service.methods_config import save
+
+
+async def test_set_up_calls(caplog: pytest.LogCaptureFixture) -> None:
+    """They answer true, the log says what has no meaning, and nothing of them is saved; misspelt ones are refused."""
+    async with open_bench(target=False) as bench:
+        await bench.malloc("a")
+        before = save(bench.service)
+        with caplog.at_level(logging.INFO, logger="ublk_trio.service"):
+            assert await bench.call("bdev_set_options", bdev_io_pool_size=65535, bdev_auto_examine=True) is True
+            assert await bench.call("iobuf_set_options", small_pool_count=8192, large_pool_count=1024) is True
+        assert "bdev_io_pool_size, bdev_auto_examine: these have no meaning here" in caplog.text
+        assert await bench.call("bdev_wait_for_examine") is True
+        assert await bench.call("bdev_examine", name="a") is True
+        with refused(errno.ENODEV):
+            await bench.call("bdev_examine", name="x")
+        with refused(INVALID, "bdev_io_pool_size"):
+            await bench.call("bdev_set_options", bdev_io_pool_siz=1)
+        assert save(bench.service) == before
+
+
+async def test_buffer_statistics() -> None:
+    """Requests that found a buffer, and those that waited for one, of disks that have pools; none, and all is 0."""
+    nothing = {"cache": 0, "main": 0, "retry": 0, "cache_size": 0}
+    async with open_bench() as bench:
+        await bench.malloc("a", "b")
+        assert await bench.call("iobuf_get_stats") == [{"module": "ublk", "small_pool": nothing, "large_pool": nothing}]
+        await bench.start("b", 1)
+        disk = await bench.start("a", 0, mode="get-data", queue_depth=64)
+        (before,) = await bench.call("iobuf_get_stats")
+        async with trio.open_nursery() as nursery:
+            for number in range(64):
+                nursery.start_soon(disk.write, number * 8192, bytes(4096))
+        (after,) = await bench.call("iobuf_get_stats")
+        assert after["small_pool"] == nothing
+        large = {key: after["large_pool"][key] - before["large_pool"][key] for key in nothing}
+        assert large["cache"] + large["retry"] == 64
+        assert large["retry"] > 0
+        assert after["large_pool"]["cache_size"] == before["large_pool"]["cache_size"] > 0
+        await bench.call("ublk_stop_disk", ublk_id=0)
+        assert (await bench.call("iobuf_get_stats"))[0]["large_pool"] == nothing
