@@ -68,6 +68,8 @@ async def test_refusals_of_bdevs(tmp_path: Path) -> None:
             ("bdev_malloc_create", malloc | {"uuid": "x"}, INVALID, "uuid"),
             ("bdev_malloc_create", malloc | {"name": ""}, errno.EINVAL, "name"),
             ("bdev_aio_create", {"name": "f", "filename": str(tmp_path / "none")}, errno.ENOENT, "none"),
+            ("bdev_aio_create", {"name": "f", "filename": "f", "nowait": True}, INVALID, "nowait"),
+            ("bdev_get_iostat", {"name": "a", "per_channel": True}, INVALID, "per_channel"),
             ("bdev_aio_rescan", {"name": "a"}, errno.ENODEV, "made by"),
             ("bdev_null_resize", {"name": "a", "new_size": 1}, errno.ENODEV, "made by"),
             ("bdev_passthru_create", {"name": "p", "base_bdev_name": "x"}, errno.ENODEV, "'x'"),
@@ -243,6 +245,9 @@ async def test_counters() -> None:
         assert [after[key] - before[key] for key in keys] == [3, 3 * 4096, 1, 8192, 1, 4096]
         assert after["max_write_latency_ticks"] >= after["min_write_latency_ticks"] > 0
         assert after["io_error"] == {}
+        await bench.call("bdev_get_iostat", names=["a"], reset_mode="all", per_channel=False)
+        (again,) = (await bench.call("bdev_get_iostat", name="a"))["bdevs"]
+        assert (again["num_write_ops"], again["bytes_read"]) == (0, 0)
 
 
 async def test_waiting_for_a_bdev() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import time
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import attrs
 import msgspec
@@ -53,10 +53,13 @@ class GetBdevs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class GetIostat(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Parameters of ``bdev_get_iostat``."""
+    """Parameters of ``bdev_get_iostat``. With `reset_mode` all, counting begins again after the answer."""
 
     name: str | None = None
     names: list[str] | None = None
+    reset_mode: Literal["none", "all"] = "none"
+    #: SPDK's client says it always, and only false is possible: one thread serves all.
+    per_channel: bool = False
 
 
 class SetQosLimit(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -82,13 +85,19 @@ async def get_iostat(service: Service, params: GetIostat) -> dict[str, Any]:
     """The counters of all bdevs, or of some."""
     if params.name is not None and params.names is not None:
         raise BackendError(errno.EINVAL, "params.name and params.names: give one of them")
+    if params.per_channel:
+        raise UsageError("params.per_channel: only false is possible: a bdev has no channels here")
     names = params.names if params.name is None else [params.name]
     bdevs = list(service.registry) if names is None else [service.registry.get(name) for name in names]
-    return {
+    answer = {
         "tick_rate": _TICK_RATE,
         "ticks": time.perf_counter_ns(),
         "bdevs": [{"name": bdev.name, **_counted(bdev.counters.statistics())} for bdev in bdevs],
     }
+    if params.reset_mode == "all":
+        for bdev in bdevs:
+            bdev.counters.reset()
+    return answer
 
 
 async def set_qos_limit(service: Service, params: SetQosLimit) -> bool:

@@ -66,6 +66,8 @@ class AioCreate(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     readonly: bool = False
     fallocate: bool = False
     uuid: UUID | None = None
+    #: SPDK's client says it always, and only false is possible here: a thread may wait.
+    nowait: bool = False
 
 
 class Named(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -138,6 +140,8 @@ async def malloc_resize(service: Service, params: Resize) -> bool:
 
 async def aio_create(service: Service, params: AioCreate) -> str:
     """Open a file or a block device."""
+    if params.nowait:
+        raise UsageError("params.nowait: only false is possible: requests wait in threads")
     backend = _Aio(params)
     shown = {"filename": params.filename, "readonly": params.readonly, "fallocate": params.fallocate}
     asked = {} if params.block_size is None else {"block_size": params.block_size}
