@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import msgspec
 import pytest
 
 import ublk_trio
@@ -29,6 +30,7 @@ from ublk_trio.control import open_control
 from ublk_trio.rpc import FRAMEWORK_METHODS, ErrorCode
 from ublk_trio.rpc import Limits as RpcLimits
 from ublk_trio.rpc.errors import MESSAGE_CHARACTERS_MAX
+from ublk_trio.service.methods import METHODS
 from ublk_trio.simulation import FAULTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -255,6 +257,18 @@ def test_rpc_methods() -> None:
         code(row[0])[0]: code(row[1]) for row in table_after(section(RPC, "## Methods of every server"), "method")
     }
     assert documented == {method.name: list(method.params.__struct_fields__) for method in FRAMEWORK_METHODS}
+
+
+def test_service_methods() -> None:
+    """Every method of the disk service is listed with exactly its parameters, those that are required in bold."""
+    documented = {
+        code(row[0])[0]: {name: bool(bold) for bold, name in re.findall(r"(\*\*)?`(\w+)`", row[1])}
+        for row in table_after(section(RPC, "## Methods of the disk service"), "method")
+    }
+    assert documented == {
+        method.name: {field.name: field.required for field in msgspec.structs.fields(method.params)}
+        for method in METHODS
+    }
 
 
 # All pages ------------------------------------------------------------------------------------------------------------
