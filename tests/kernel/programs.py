@@ -223,8 +223,9 @@ async def operated_server(socket: str, *, config: str | Path | None = None, disk
     """A server that listens at a socket for remote calls; ``disks``: how many the configuration has."""
     more = [] if config is None else ["--config", str(config)]
     async with _serving(["start", "--rpc-socket", socket, *more], disks=disks, ends_with=signal.SIGTERM) as server:
-        await wait_until(lambda: exists(socket), seconds=START_SECONDS_MAX)
+        # Not until the socket is there: a server that was killed has left one.
         server.expected_stderr = f"ublk-trio: listening at {socket}\n"
+        await wait_until(lambda: server.stderr() == server.expected_stderr, seconds=START_SECONDS_MAX)
         yield server
 
 
