@@ -271,6 +271,22 @@ def test_service_methods() -> None:
     }
 
 
+def test_the_tests_of_the_comparison() -> None:
+    """Every test that the page names is there, and each row has one or says what is not here."""
+    page = (ROOT / "docs" / "spdk.md").read_text()
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", page)
+    assert len(named) > 50
+    for path, name in named:
+        text = (ROOT / path).read_text()
+        assert (
+            re.search(rf"^(?:async )?def {name}\(", text, re.MULTILINE)
+            if name
+            else "\ndef test_" in text.replace("async def", "def")
+        ), (path, name)
+    for row in rows(page):
+        assert row[-1] == "test" or row[-1] or any("**not" in cell or "**no " in cell for cell in row), row
+
+
 # All pages ------------------------------------------------------------------------------------------------------------
 
 
