@@ -101,9 +101,11 @@ class RealQueueRing:
         return opened[0]
 
     def _release_pointers(self) -> None:
-        if self._arena_pointer != self._ffi.NULL:
-            self._ffi.release(self._arena_pointer)
-        self._arena_pointer = self._ffi.NULL
+        # Also because Python 3.11 crashes when it collects a cycle in which somebody still holds a memoryview's buffer.
+        for pointer in (self._arena_pointer, self._slots_pointer):
+            if pointer != self._ffi.NULL:
+                self._ffi.release(pointer)
+        self._arena_pointer = self._slots_pointer = self._ffi.NULL
 
     @property
     def queue_id(self) -> int:
