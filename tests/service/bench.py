@@ -46,8 +46,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(*, version: tuple[int, int] = (7, 3), target: bool = True) -> AsyncIterator[Bench]:
-    kernel = SimKernel(paranoid=True, version=version)
+async def open_bench(*, kernel: SimKernel | None = None, target: bool = True) -> AsyncIterator[Bench]:
+    kernel = kernel or SimKernel(paranoid=True)
     async with open_service(kernel) as service:
         dispatcher = Dispatcher()
         dispatcher.register(METHODS, service)

@@ -12,6 +12,7 @@ import trio
 import trio.testing
 
 from tests.service.bench import BLOCKS, INVALID, open_bench, refused
+from ublk_trio import SimKernel
 from ublk_trio.bdev import Bdev, Registry
 from ublk_trio.rpc import ErrorCode
 from ublk_trio.service.methods import METHODS
@@ -127,6 +128,19 @@ async def test_refusals_of_disks() -> None:
         assert await bench.call("ublk_destroy_target") is True
 
 
+async def test_too_many_disks() -> None:
+    """What the driver's limit refuses is ENOTSUP, and the bdev is free again."""
+    kernel = SimKernel(paranoid=True, version=(6, 8), devices_max=1)
+    async with open_bench(kernel=kernel) as bench:
+        await bench.malloc("a", "b")
+        await bench.start("a", 0)
+        with refused(errno.ENOTSUP, "ublks_max"):
+            await bench.start("b", 1)
+        assert (await bench.bdev("b"))["claimed"] is False
+        await bench.call("ublk_stop_disk", ublk_id=0)
+        await bench.start("b", 1)
+
+
 async def test_a_stack_goes_with_its_base() -> None:
     """What stands on a bdev that is deleted goes too, and the disk on top."""
     async with open_bench() as bench:
@@ -167,7 +181,7 @@ async def test_a_disk_follows_its_bdev_s_size(kind: str, tmp_path: Path) -> None
 
 async def test_a_kernel_that_cannot_resize(caplog: pytest.LogCaptureFixture) -> None:
     """The bdev is resized, the disk keeps its size and goes on, and a warning says so."""
-    async with open_bench(version=(6, 12)) as bench:
+    async with open_bench(kernel=SimKernel(paranoid=True, version=(6, 12))) as bench:
         await bench.malloc("a")
         disk = await bench.start("a")
         with caplog.at_level(logging.WARNING, logger="ublk_trio.service"):
