@@ -203,7 +203,9 @@ class Run:
 
     async def step(self, what: str, name: str, number: int, wait: bool) -> None:
         if what == "hold":
-            self.gate.gate = trio.Event()
+            # Else who waits at the gate that there is would wait for ever.
+            if self.gate.gate.is_set():
+                self.gate.gate = trio.Event()
         elif what == "release":
             self.gate.gate.set()
         elif what == "read":
