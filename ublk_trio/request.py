@@ -41,4 +41,6 @@ class Request:
 
     def __str__(self) -> str:
         name = IoOp(self.op).name if self.op in IoOp._value2member_map_ else f"op {self.op}"
+        if self.op == IoOp.FLUSH:  # of the whole disk: the kernel sends all ones, or nothing, in place of a sector
+            return name
         return f"{name} of {self.length} bytes at {self.offset}"
