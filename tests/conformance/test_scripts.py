@@ -147,6 +147,29 @@ def test_generator_spares_drivers_that_would_get_stuck() -> None:
         assert not [step for step in steps[place:] if step.startswith("io p0.a FETCH t=@")], seed
 
 
+def test_generator_answers_fua_writes_before_a_stop() -> None:
+    """No FUA write that needs a flush after it is left for STOP_DEV to wait for: STOP_DEV would hold that flush back."""
+    assert any("attrs=VOLATILE_CACHE" in step for step in generate(700003).steps)
+    for seed in [*range(2000), 700003]:
+        steps = generate(seed).steps
+        begun = " ".join(steps)
+        if "VOLATILE_CACHE" not in begun or "VOLATILE_CACHE|FUA" in begun or "ctl STOP d0" not in steps:
+            continue
+        if "diskclose d0" in steps or any(step.startswith("kill") for step in steps):
+            continue
+        operations = [step for step in steps if step.startswith("app ")]
+        late = steps[steps.index("ctl STOP d0") :]
+        for number, operation in enumerate(operations):
+            if operation.startswith("app fua"):
+                assert not [step for step in late if step.startswith(f"commit @{number}")], seed
+
+
+def test_server_is_gone_before_a_deletion_that_waited_for_it_goes_on() -> None:
+    """A killed server has closed its files before DEL_DEV_ASYNC goes on, so that the ADD_DEV behind it finds the id free."""
+    script = next(script for script in corpus() if script.name == "seed-700010")
+    assert any(line.startswith("ADD d1 = 0 ") for line in simulated(script, (6, 12))[-1])
+
+
 def test_fresh_machine_goes_on_behind_a_stuck_script(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

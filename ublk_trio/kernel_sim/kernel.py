@@ -15,7 +15,7 @@ import contextlib
 import errno
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
@@ -312,6 +312,16 @@ class SimKernel:
                 self._resume(ready[self.choices.choose("settle", len(ready))], interrupted=False)
         finally:
             self._settling = False
+
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """What is done meanwhile is done before any held command goes on."""
+        settling, self._settling = self._settling, True
+        try:
+            yield
+        finally:
+            self._settling = settling
+            self.changed()
 
     def drop(self, put: Callable[[], None]) -> None:
         """Give up a reference, though not before the work under way is done."""
