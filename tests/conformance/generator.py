@@ -12,6 +12,9 @@ What it leaves out, because a release breaks on it, or hangs, or answers by chan
   command, the command for the request, and the request for the ring to let go of the buffer).
 - FETCH_REQ while STOP_DEV waits for answers (7.3: the command sleeps until STOP_DEV is through, and STOP_DEV waits for what
   that same task would have answered; neither ends, and not even SIGKILL helps).
+- A write that STOP_DEV of a device with recovery waits for, and that needs a flush after it (FUA on a disk with a cache and
+  without FUA of its own; by the source of 6.12 and 7.3 without an I/O scheduler): the flush waits for STOP_DEV, STOP_DEV for
+  the write, and on 7.3 the write's tag keeps its command, so that a killed server's ring never ends.
 - A READ's result above its length (a warning in the kernel's log), and GET_DATA to nowhere (tried for ever).
 - A tag by its number while there are requests: which one has which is the kernel's choice.
 - More operations at once than there are tags: who waits longest need not be the first to get one.
@@ -125,6 +128,8 @@ class _Author:
             )
         )
         self.set_options = draw.choice(_RIGHT_SET)
+        #: A FUA write is a write and a flush for the server.
+        self.flushes_after_fua = "VOLATILE_CACHE" in self.set_options and "FUA" not in self.set_options
 
     def say(self, *steps: str) -> None:
         for step in steps:
@@ -199,9 +204,10 @@ class _Author:
         self.operations += 1
 
     def answer(self) -> None:
-        if not self.waiting:
-            return
-        number = self.draw.choice(sorted(self.waiting))
+        if self.waiting:
+            self.answer_to(self.draw.choice(sorted(self.waiting)))
+
+    def answer_to(self, number: int) -> None:
         kind = self.waiting[number]
         request = f"@{number}"
         if self.draw.random() < 0.15 and self.server == "p0":
@@ -280,6 +286,9 @@ class _Author:
     def stop_busy(self) -> None:
         if not self.waiting:
             self.operate()
+        if self.flushes_after_fua:
+            for number in [number for number, kind in self.waiting.items() if kind == "fua"]:
+                self.answer_to(number)
         self.say("ctl STOP d0")
         self.stopping = True
         self.answer_all()
