@@ -41,7 +41,7 @@ API = (ROOT / "docs" / "api.md").read_text()
 #: Public to the other modules of the simulator only.
 FOR_THE_SIMULATOR = {
     "changed", "char_to_open", "drop", "free_id", "identity", "interrupt", "new_bio", "next_cpu",
-    "put_device", "run", "violation",
+    "put_device", "run", "undisturbed", "violation",
 }  # fmt: skip
 COMMANDS = ("start", "recover", "list", "stop", "features", "doctor", "sim", "rpc", "udev-rule", "node-owner")
 #: What the page calls a positional argument.
