@@ -40,24 +40,21 @@ for _name in ("hypothesis.stateful", "trio.testing", "pytest_trio.plugin", "_hyp
     importlib.import_module(_name)
 
 ROOT = Path(__file__).resolve().parents[2]
-#: The simulator's transition code: what steps a tag, a request, a device, a control command, a server's end, or a ring's entry
-#: of the driver from one state to the next, and the checks that decide on it. Left out: what only carries, counts, chooses, records
-#: or looks up (`ring`, `uring`, `process`, `kernel`, `call`, `waits`, `clock`, `choices`, `faults`, `event_log`, `version`, `params`, the
-#: getters) and what the block layer works out of sizes (`limits`, `split`, `merge`, `bio`, `partitions`, `zones`).
+#: The simulator's transition code: what changes the state of tags, commands, rings and devices: a tag's or a device's step, a control
+#: command, a server's end, a ring's entry of the driver, and the checks that decide on it. Left out: what only carries, counts, chooses,
+#: records or looks up (`ring`, `uring`, `process`, `kernel`, `call`, `waits`, `clock`, `choices`, `faults`, `event_log`, `version`, `params`,
+#: the getters), the block layer (all of `block`: it gives requests to the driver, and tags to requests, but changes nothing of the
+#: driver's), and the data paths (`user_copy`, `shmem`: they move or find a request's bytes, which changes no state).
 _TRANSITIONS = (
     "tag",
     "registered",
     "checks",
     "server_end",
     "control_recovery",
-    "block.flush",
     "control_params",
-    "shmem",
     "uring_commands",
     "char_device",
     "control_start",
-    "user_copy",
-    "block.tags",
     "control",
     "control_add",
     "device",
