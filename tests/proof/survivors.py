@@ -8,6 +8,23 @@ from types import MappingProxyType
 #: By module: the mutant as `python -m tests.proof.mutate` prints it, and why it is as good as the original.
 EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
+        "ublk_trio.kernel_sim.batch": {
+            "_Element.__init__: self.address = rest.pop(0) if flags & BatchFlag.HAS_BUF_ADDR else 0 "
+            "-> self.address = rest.pop(-1) if flags & BatchFlag.HAS_BUF_ADDR else 0": (
+                "a zoned device copies nothing: an element has an address or an LBA"
+            ),
+            "_Element.__init__: self.zone_lba = rest.pop(0) if flags & BatchFlag.HAS_ZONE_LBA else _NO_LBA "
+            "-> self.zone_lba = rest.pop(-1) if flags & BatchFlag.HAS_ZONE_LBA else _NO_LBA": "the last word that is there",
+            **{
+                f"_Element.__init__: self.auto_buffer = 0 -> self.auto_buffer = {number}": "read only with AUTO_BUF_REG"
+                for number in (1, -1)
+            },
+            "prepare: queue.device.update_delivery() -> pass": "without a server there is no disk, or nothing is delivered",
+            "BatchQueue._acquire: if self._active is None and self._fetches and self._arrived "
+            "-> if self._fetches and self._arrived": "makes the same command the one at work, which then finds nothing left",
+            "BatchQueue._acquire: if self._active is None and self._fetches and self._arrived "
+            "-> if self._active is None and self._fetches": "a command at work on nothing does nothing",
+        },
         "ublk_trio.kernel_sim.checks": {
             **dict.fromkeys(
                 (

@@ -13,7 +13,7 @@ from tests.sim.mini import basic_params
 from tests.sim.raw import FETCH, RawServer, raw_kernel, raw_server
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import Bio, SeededChoices, SimKernel
-from ublk_trio.kernel_sim.process import ByteFile
+from ublk_trio.kernel_sim.process import ByteFile, CharFile
 from ublk_trio.kernel_sim.uring import (
     CQE_BUFFER,
     CQE_BUFFER_SHIFT,
@@ -27,12 +27,19 @@ from ublk_trio.uapi import (
     BasicAttr,
     BatchFlag,
     BatchIo,
+    BlkZone,
+    ControlCommand,
     Feature,
     IoCommand,
     IoFlag,
     IoOp,
+    Params,
+    ParamsZoned,
+    ZoneCondition,
+    ZoneType,
     batch_elem_layout,
     io_opcode,
+    user_copy_offset,
 )
 
 PREP, COMMIT, FETCH_BATCH = IoCommand.PREP_IO_CMDS, IoCommand.COMMIT_IO_CMDS, IoCommand.FETCH_IO_CMDS
@@ -42,7 +49,7 @@ GROUP = 5
 
 @attrs.frozen
 class Batch:
-    """A batch server on one queue: elements are (tag, buffer index, result), and the address of its tag in copy mode."""
+    """A batch server on one queue: elements are (tag, buffer index, result, zone LBA), and the address of its tag in copy mode."""
 
     server: RawServer
     flags: BatchFlag
@@ -67,10 +74,12 @@ class Batch:
         layout = batch_elem_layout(self.flags)
         data = bytearray()
         for tag, *rest in elements:
-            index, result = (*rest, 0, 0)[:2]
+            index, result, lba = (*rest, 0, 0, 0)[:3]
             words = [tag, index, result]
             if self.flags & BatchFlag.HAS_BUF_ADDR:
                 words.append(self.server.buffers[0][tag] if tag < len(self.server.buffers[0]) else 4096)
+            if self.flags & BatchFlag.HAS_ZONE_LBA:
+                words.append(lba)
             data += layout.pack(*words)
         io = BatchIo(
             q_id=queue,
@@ -231,7 +240,8 @@ def test_a_commit_may_be_partial() -> None:
     batch.fetch()
     batch.ring.reap()
     assert batch.send(COMMIT, [(3, 0, 512)]) == -errno.EBUSY
-    assert batch.send(COMMIT, [(9, 0, 512)]) == -errno.EINVAL
+    for tag in (4, 9):
+        assert batch.send(COMMIT, [(tag, 0, 512)]) == -errno.EINVAL
     assert batch.send(COMMIT, [(0, 0, 512), (3, 0, 512), (1, 0, 512)]) == 16
     assert [bio.done for bio in bios] == [True, False, False]
     assert batch.send(COMMIT, [(1, 0, 512)], addr=8) == -errno.EFAULT
@@ -247,6 +257,94 @@ def test_a_commit_may_be_partial() -> None:
     data = bytearray(b"".join(layout.pack(tag, 0, 512, big.server.buffers[0][tag]) for tag in range(30)))
     address = big.server.process.memory.map(data)
     assert big.send(COMMIT, [(tag,) for tag in range(31)], addr=address) == 480
+
+
+def test_a_commit_longer_than_is_read_at_a_time() -> None:
+    """Elements beyond the first 480 bytes are read from where they stand, and no byte behind the last one."""
+    batch = batch_server(depth=40)
+    batch.provide(batch.ring, [80])
+    bios = reads(batch, 40)
+    batch.fetch()
+    batch.ring.reap()
+    assert batch.send(COMMIT, [(tag, 0, 512) for tag in range(31)]) == 31 * 16
+    assert [bio.done for bio in bios] == [True] * 31 + [False] * 9
+
+
+def test_a_refused_prepare_is_no_end_of_the_server() -> None:
+    """Only one that made the queue ready for a moment keeps FETCH_IO_CMDS out; any other leaves the queue as it was."""
+    batch = batch_server(live=False)
+    assert batch.send(PREP, [(0,), (9,)]) == -errno.EINVAL
+    batch.fetch()
+    assert batch.ring.reap() == []
+
+
+def test_prepare_with_two_queues() -> None:
+    """EBUSY once all queues of the device are ready; until then a tag is refused for being prepared already."""
+    server = raw_server(raw_kernel(), queues=2, depth=2, flags=Feature.BATCH_IO, live=False)
+    batch = Batch(server, BatchFlag.HAS_BUF_ADDR)
+    assert batch.send(PREP, [(0,), (1,)]) == 0
+    assert batch.send(PREP, [(1,)]) == -errno.EINVAL
+    assert batch.send(PREP, [(0,)], queue=1) == 0
+    assert batch.send(PREP, [(1,), (1,)], queue=1) == -errno.EBUSY
+    assert batch.send(PREP, [(1,)], queue=1) == 0
+    for queue in range(2):
+        assert batch.send(PREP, [(1,)], queue=queue) == -errno.EBUSY
+
+
+def test_a_prepare_during_a_stop_is_noted() -> None:
+    """PREP_IO_CMDS while STOP_DEV holds the device: on Linux both may sleep for ever, and `notes` says so."""
+    batch = batch_server()
+    reads(batch, 1)
+    assert batch.send(PREP, [(0,)]) == -errno.EBUSY
+    assert batch.server.process.kernel.notes == []
+    assert batch.server.control.stop() is None
+    batch.send(PREP, [(0,)])
+    (note,) = batch.server.process.kernel.notes
+    assert "PREP_IO_CMDS waits for the control command" in note
+
+
+@pytest.mark.parametrize("has_lba", [True, False])
+def test_where_an_append_went(has_lba: bool) -> None:
+    """HAS_ZONE_LBA: the element says where a ZONE_APPEND went. Without it the driver takes the largest number there is."""
+    kernel = raw_kernel()
+    params = Params(
+        basic=basic_params(chunk_sectors=64).basic,
+        zoned=ParamsZoned(max_open_zones=2, max_active_zones=2, max_zone_append_sectors=16),
+    )
+    flags = Feature.BATCH_IO | Feature.ZONED | Feature.USER_COPY
+    server = raw_server(kernel, depth=2, flags=flags, params=params, copies=False, live=False)
+    batch = Batch(server, BatchFlag.HAS_ZONE_LBA if has_lba else BatchFlag(0))
+    addresses = batch.provide(batch.ring, [2] * 80)
+    assert batch.send(PREP, [(0,), (1,)]) == 0
+    batch.fetch()
+    assert server.control.start() is None
+
+    def commit(tag: int, result: int, lba: int = 0) -> None:
+        batch.ring.submit([batch.sqe(COMMIT, [(tag, 0, result, lba)], user_data=77)])
+
+    while server.control.ring.reap() == []:
+        for cqe in batch.ring.reap():
+            if cqe.user_data == 77:
+                assert cqe.result == batch_elem_layout(batch.flags).size
+                continue
+            (tag,) = batch.tags(addresses[cqe.flags >> CQE_BUFFER_SHIFT], cqe.result)
+            descriptor = server.descriptor(tag)
+            assert descriptor.op == IoOp.REPORT_ZONES
+            zones = [
+                BlkZone(
+                    start=start, len=64, wp=start, type=ZoneType.SEQWRITE_REQ, cond=ZoneCondition.EMPTY, capacity=64
+                ).pack()
+                for start in range(descriptor.start_sector, 2048, 64)
+            ][: descriptor.nr_sectors]
+            server.char.pwrite(b"".join(zones), user_copy_offset(queue_id=0, tag=tag, offset=0))
+            commit(tag, 64 * len(zones))
+    batch.ring.reap()
+    bio = server.disk.submit(IoOp.ZONE_APPEND, 64 * 512, bytes(512))
+    (cqe,) = batch.ring.reap()
+    (tag,) = batch.tags(addresses[cqe.flags >> CQE_BUFFER_SHIFT], cqe.result)
+    commit(tag, 512, 72)
+    assert bio.done
+    assert bio.offset == (72 if has_lba else (1 << 64) - 1) * 512
 
 
 @pytest.mark.parametrize(
@@ -266,6 +364,15 @@ def test_the_command_itself_is_checked(more: dict[str, Any], number: int) -> Non
     batch = batch_server(live=False)
     for command in (PREP, COMMIT):
         assert batch.send(command, [(0,)], **more) == -number
+
+
+def test_flags_of_elements_that_fit_another_device() -> None:
+    """EINVAL: buffers' addresses where nothing is copied; FALLBACK where nothing is registered."""
+    batch = batch_server(flags=Feature.USER_COPY, live=False)
+    for flags, elem_bytes in ((BatchFlag.HAS_BUF_ADDR, 16), (BatchFlag.AUTO_BUF_REG_FALLBACK, 8)):
+        for command in (PREP, COMMIT):
+            assert batch.send(command, [], count=1, flags=int(flags), elem_bytes=elem_bytes) == -errno.EINVAL
+    assert batch.send(PREP, [(0,)]) == 0
 
 
 @pytest.mark.parametrize("more", [{"queue": 1}, {"elem_bytes": 4}, {"flags": 2}, {"flags": 8}])
@@ -342,6 +449,45 @@ def test_a_full_completion_queue_ends_a_fetch() -> None:
     assert ring.buffer(0) is not None
 
 
+def test_what_is_taken_back_is_the_drivers() -> None:
+    """A tag whose completion found no room: EBUSY for a commit, and its own registered buffer is gone, but no other."""
+    batch = batch_server(flags=Feature.AUTO_BUF_REG, live=False)
+    ring = SimUring(batch.server.tasks[0], sq_entries=1, cq_entries=1)
+    ring.register_buffers(4)
+    batch.provide(ring, [64, 64, 64])
+    # The buffer of the last tag's request would be the first one's: but a FLUSH has none.
+    assert batch.send(PREP, [(0, 3), (1, 1), (2, 2), (3, 3)]) == 0
+    assert batch.server.control.start() == 0
+    batch.fetch(ring)
+    reads(batch, 1)
+    assert len(ring.reap()) == 1
+    assert ring.buffer(3) is not None
+    reads(batch, 2)
+    batch.server.disk.submit(IoOp.FLUSH)
+    ring.submit([Sqe(opcode=UringOp.NOP, user_data=3)])
+    assert [ring.buffer(index) is not None for index in range(4)] == [False, False, False, True]
+    assert batch.send(COMMIT, [(1, 1, 512)]) == -errno.EBUSY
+    assert ring.reap() == [Cqe(3, 0)]
+    assert ring.reap() == [Cqe(1, -errno.ENOBUFS)]
+    batch.fetch(ring)
+    assert ring.reap() == [Cqe(1, 6, 1 << CQE_BUFFER_SHIFT | CQE_MORE | CQE_BUFFER)]
+
+
+def test_a_provided_buffer_that_is_not_mapped() -> None:
+    """ENOBUFS, and the tags wait for the next fetch."""
+    batch = batch_server()
+    (address,) = batch.provide(batch.ring, [64])
+    batch.server.process.memory.unmap(address)
+    batch.fetch()
+    reads(batch, 1)
+    assert batch.ring.reap() == [Cqe(1, -errno.ENOBUFS)]
+    other = SimUring(batch.server.process.task())
+    (address,) = batch.provide(other, [64])
+    batch.fetch(other)
+    assert other.reap() == [Cqe(1, 2, CQE_MORE | CQE_BUFFER)]
+    assert batch.tags(address, 2) == [0]
+
+
 def test_at_most_128_tags_at_a_time() -> None:
     """However large the buffer is."""
     batch = batch_server(depth=200)
@@ -385,6 +531,60 @@ def test_a_ring_with_fetches_takes_the_server_along() -> None:
     assert [bio.result for bio in bios] == [-errno.EIO] * 3
     again = batch_server(batch.server.process.kernel)
     assert again.server.info.dev_id == 1
+
+
+def test_one_of_two_rings_with_fetches_goes() -> None:
+    """The other's commands stay: one that was about to deliver does, and STOP_DEV ends them."""
+    batch = batch_server()
+    other = SimUring(batch.server.process.task())
+    batch.provide(batch.ring, [64])
+    batch.fetch()
+    batch.fetch(other)
+    bios = reads(batch, 2)
+    other.close()
+    assert batch.ring.reap() == [Cqe(1, 4, CQE_MORE | CQE_BUFFER)]
+    assert batch.send(COMMIT, [(0, 0, 512), (1, 0, 512)]) == 32
+    assert [bio.done for bio in bios] == [True, True]
+    assert batch.server.control.stop() == 0
+    assert batch.ring.reap() == [Cqe(1, -errno.ENODEV)]
+    assert batch.server.control.delete() is None
+    batch.server.char.close()
+    assert [cqe.result for cqe in batch.server.control.ring.reap()] == [0]
+
+
+@pytest.mark.parametrize("quiesced", [False, True])
+def test_what_nobody_fetched_goes_to_the_next_server(quiesced: bool) -> None:
+    """A command that is cancelled on its way delivers nothing; the next server's gets the request, and only that."""
+    flags = Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE | Feature.QUIESCE
+    server = raw_server(raw_kernel(), flags=Feature.BATCH_IO | flags, live=False)
+    batch = Batch(server, BatchFlag.HAS_BUF_ADDR)
+    kernel, control = server.process.kernel, server.control
+    assert batch.send(PREP, [(0,), (1,)]) == 0
+    assert control.start() == 0
+    batch.provide(batch.ring, [64])
+    batch.fetch()
+    bio = server.disk.submit(IoOp.READ, 4096, 512)
+    if quiesced:
+        assert control.command(ControlCommand.QUIESCE_DEV) == 0
+        assert batch.ring.reap() == [Cqe(1, -errno.ENODEV)]
+        assert not bio.done
+    batch.ring.close()
+    server.char.close()
+    assert not bio.done
+    assert control.command(ControlCommand.START_USER_RECOVERY) == 0
+    char = server.process.open(kernel.char_path(0))
+    assert isinstance(char, CharFile)
+    server.char = char
+    server.rings[0] = SimUring(server.tasks[0])
+    (address,) = batch.provide(batch.ring, [64])
+    assert batch.send(PREP, [(0,), (1,)]) == 0
+    batch.fetch()
+    assert control.command(ControlCommand.END_USER_RECOVERY, data=server.process.pid) == 0
+    assert batch.ring.reap() == [Cqe(1, 2, CQE_MORE | CQE_BUFFER)]
+    (tag,) = batch.tags(address, 2)
+    assert server.descriptor(tag).start_sector == 8
+    assert batch.send(COMMIT, [(tag, 0, 512)]) == 16
+    assert bio.result == 512
 
 
 def test_registered_buffers_in_batches() -> None:

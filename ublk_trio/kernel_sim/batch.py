@@ -83,7 +83,8 @@ def refused(queue: SimQueue, io: BatchIo) -> int:
         return -errno.EINVAL
     if flags & BatchFlag.HAS_BUF_ADDR and not queue.copies:
         return -errno.EINVAL
-    if flags & BatchFlag.AUTO_BUF_REG_FALLBACK and (not queue.auto_buf_reg or flags & BatchFlag.HAS_BUF_ADDR):
+    # With HAS_BUF_ADDR it is wrong, too: but a queue that registers buffers copies nothing, and has refused that flag.
+    if flags & BatchFlag.AUTO_BUF_REG_FALLBACK and not queue.auto_buf_reg:
         return -errno.EINVAL
     if flags & ~_KNOWN_FLAGS or io.elem_bytes != batch_elem_layout(flags).size:
         return -errno.EINVAL
@@ -247,9 +248,8 @@ class BatchQueue:
 
     def ring_closed(self, commands: BatchCommands) -> None:
         """The commands of a ring are cancelled. What nobody fetched stays, until the server's end."""
+        # One of them that was to deliver never will: its ring does no work any more, and none takes its place before `reset`.
         self._fetches = [fetch for fetch in self._fetches if fetch.commands is not commands]
-        if self._active is not None and self._active.commands is commands:
-            self._active = None
 
     def cancel(self) -> None:
         """STOP_DEV and its kin: end all that wait."""
@@ -261,7 +261,7 @@ class BatchQueue:
 
     def reset(self) -> None:
         """For the next server."""
+        assert not self._fetches, "a pending command keeps the char device open"
         self._arrived.clear()
-        self._fetches.clear()
         self._active = None
         self.stopped = False

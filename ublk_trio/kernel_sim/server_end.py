@@ -22,13 +22,11 @@ if TYPE_CHECKING:
 def ring_closed(device: SimDevice, ring: CommandRing) -> None:
     """io_uring cancels every command that is pending on the ring."""
     pending = [queue for queue in device.queues if queue.has_pending(ring)]
-    if device.kernel.version.release_ends_server:
-        if pending:
-            device.set_canceling()
-        for queue in device.queues:
-            queue.ring_closed(ring)
-        return
-    found_out = [queue for queue in pending if _is_news(device, queue)]
+    found_out = []
+    if not device.kernel.version.release_ends_server:
+        found_out = [queue for queue in pending if _is_news(device, queue)]
+    elif pending:
+        device.set_canceling()
     for queue in device.queues:
         queue.ring_closed(ring)
     _end_server(device, found_out)
