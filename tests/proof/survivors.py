@@ -76,6 +76,14 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "at the end there is nothing to find, and the loop says so, too"
             ),
         },
+        "ublk_trio.kernel_sim.server_end": {
+            **{
+                f"{function}: return 0 -> return {number}": "nobody looks at it: a generator of this type has to return something"
+                for function in ("release", "_lose_server", "_end_work")
+                for number in (1, -1)
+            },
+            "reset_for_recovery: device.update_delivery() -> pass": "`quiesced`, or `fails_all`, keeps the queues from delivering",
+        },
         "ublk_trio.kernel_sim.tag": {
             "SimTag.reset: self.address = 0 -> self.address = 1": "a tag gets its address by FETCH_REQ before anything reads it",
             "SimTag.reset: self.address = 0 -> self.address = -1": "a tag gets its address by FETCH_REQ before anything reads it",

@@ -207,6 +207,42 @@ def test_a_write_that_does_not_fit() -> None:
     assert not lost.done
 
 
+def test_a_write_that_fits_nowhere_comes_again() -> None:
+    """It is tried anew behind what comes meanwhile, and for that needs a provided buffer, like any other."""
+    batch = batch_server(depth=2)
+    memory = batch.server.process.memory
+    batch.provide(batch.ring, [64, 64])
+    batch.fetch()
+    reads(batch, 1)
+    batch.ring.reap()
+    gone = memory.map(512)
+    batch.server.buffers[0][0] = gone
+    assert batch.send(COMMIT, [(0, 0, 512)]) == 16
+    memory.unmap(gone)
+    # Both tags, so that the first one's turn comes: the READ goes through with the last of the buffers.
+    lost = batch.server.disk.submit(IoOp.WRITE, 0, b"w" * 512)
+    bios = reads(batch, 1)
+    found = [cqe.result for _ in range(3) for cqe in batch.ring.reap()]
+    assert found == [2, -errno.ENOBUFS]
+    assert not lost.done
+    assert not bios[0].done
+
+
+def test_a_tag_belongs_to_no_task() -> None:
+    """A copy by the task that prepared the tag keeps the request like anybody else's: a commit does not end it."""
+    batch = batch_server(flags=Feature.USER_COPY)
+    batch.provide(batch.ring, [64])
+    batch.fetch()
+    (bio,) = reads(batch, 1)
+    batch.ring.reap()
+    place = user_copy_offset(queue_id=0, tag=0, offset=0)
+    copy = batch.server.char.start_pwrite(place, task=batch.server.tasks[0])
+    assert batch.send(COMMIT, [(0, 0, 512)]) == 8
+    assert not bio.done
+    assert copy.write(b"c" * 512) == 512
+    assert bytes(bio.data) == b"c" * 512
+
+
 def test_prepare_is_all_or_nothing() -> None:
     """A wrong element undoes those before it; the checks come in the driver's order."""
     batch = batch_server(live=False)

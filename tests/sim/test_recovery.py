@@ -425,6 +425,25 @@ async def test_stop_is_freed_by_the_servers_death() -> None:
         assert (await m.info()).state is DeviceState.DEAD
 
 
+async def test_stop_is_freed_by_the_death_of_a_server_in_recovery() -> None:
+    """The same when the server had not ended the recovery yet: what it got meanwhile fails, and is kept for nobody."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, live(m, flags=R | REISSUE) as device, trio.open_nursery() as nursery:
+        kernel.crash_server(0)
+        await NextServer(m, device).open()
+        device.queue.fetch_all()
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        assert device.queue.events()
+        nursery.start_soon(m.stop)
+        await wait_all_tasks_blocked()
+        assert not bio.done
+        kernel.crash_server(0)
+        await wait_all_tasks_blocked()
+        assert bio.result == -errno.EIO
+        assert kernel.held_commands() == []
+        assert (await m.info()).state is DeviceState.DEAD
+
+
 async def test_size_of_a_quiesced_disk_may_change() -> None:
     """UPDATE_SIZE wants a disk, not a server; GET_PARAMS tells the new size."""
     kernel = make_kernel()

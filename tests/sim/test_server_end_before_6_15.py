@@ -9,8 +9,10 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.sim.mini import RawQueue, basic_params, live, machine, opened
+from tests.sim.raw import FETCH, raw_server
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim.uring import SimUring
 from ublk_trio.uapi import ControlCommand, DeviceState, Feature, IoOp
 
 R, REISSUE = Feature.USER_RECOVERY, Feature.USER_RECOVERY_REISSUE
@@ -93,6 +95,40 @@ async def test_two_queues_one_busy() -> None:
         kernel.let_time_pass(30)
         assert bio.result == -errno.EIO
         assert (await m.info()).state is DeviceState.QUIESCED
+
+
+async def test_fail_io_is_for_all_queues() -> None:
+    """When one queue's ring tells that the server goes, every queue fails what comes, also one whose server still works."""
+    kernel = SimKernel(version=(6, 14), partition_scan=False)
+    async with machine(kernel) as m, live(m, queues=2, depth=1, flags=R | Feature.USER_RECOVERY_FAIL_IO) as device:
+        device.queues[1].ring.close()
+        assert (await m.info()).state is DeviceState.FAIL_IO
+        bios = [device.disk.submit(IoOp.READ, 4096 * number, 512) for number in range(4)]
+        assert [bio.result for bio in bios] == [-errno.EREMOTEIO] * 4
+
+
+def test_a_server_ends_once() -> None:
+    """A queue's second ring tells nothing new; while the end waits for another queue's requests, what comes there is held."""
+    kernel = old_kernel()
+    server = raw_server(kernel, queues=2, flags=R, live=False)
+    rings = [SimUring(server.tasks[1]) for _ in range(2)]
+    for tag, ring in enumerate(rings):
+        server.ring.submit([server.io_sqe(FETCH, tag)])
+        ring.submit([server.io_sqe(FETCH, tag, queue=1)])
+    assert server.control.start() == 0
+    owned = server.disk.submit(IoOp.READ, 0, 512)
+    tag = server.delivered().user_data
+    rings[0].close()
+    held = ["end of the server of device 0, waiting for the requests that the server of device 0 has"]
+    assert kernel.held_commands() == held
+    rings[1].close()
+    assert kernel.held_commands() == held
+    late = server.disk.submit(IoOp.READ, 4096, 512)
+    assert server.ring.reap() == []
+    server.commit(tag, 512)
+    assert owned.result == 512
+    assert not late.done
+    assert kernel.held_commands() == []
 
 
 async def test_the_end_of_one_ring_ends_the_others_commands() -> None:

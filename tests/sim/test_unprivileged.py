@@ -349,6 +349,23 @@ async def test_a_slow_server_is_killed() -> None:
         assert (info.state, info.ublksrv_pid) == (DeviceState.DEAD, -1)
 
 
+async def test_a_server_is_killed_that_has_only_its_rings_left() -> None:
+    """A ring keeps the char device open for its pending commands, so a slow server is still found behind it."""
+    kernel = SimKernel(privileged=False)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
+        slow = kernel.block_device(0).submit(IoOp.READ, 0, 512)
+        assert queue.events()
+        user.char.close()
+        kernel.let_time_pass(29.9)
+        assert not slow.done
+        kernel.let_time_pass(0.1)
+        assert slow.result == -errno.EIO
+        with pytest.raises(trio.ClosedResourceError):
+            queue.events()
+
+
 async def test_an_answer_in_time_saves_the_server() -> None:
     """Each request has its own 30 s, and the rest of a short READ has them again."""
     kernel = SimKernel(privileged=False)

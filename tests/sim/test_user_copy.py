@@ -9,7 +9,7 @@ import attrs
 import pytest
 
 from tests.sim.mini import basic_params
-from tests.sim.raw import COMMIT, RawServer, raw_kernel, raw_server
+from tests.sim.raw import COMMIT, RawControl, RawServer, raw_kernel, raw_server
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import Bio
 from ublk_trio.kernel_sim.process import SimTask
@@ -139,6 +139,25 @@ def test_the_end_of_a_server_waits_for_copies() -> None:
     assert not bio.done
     copy.write(b"z")
     assert bio.result == -errno.EIO
+
+
+def test_a_deleted_device_goes_with_the_last_copy() -> None:
+    """DEL_DEV of a device whose server is dead waits for a copy under way, however long; root's requests have no time limit."""
+    server = user_copy_server()
+    kernel = server.process.kernel
+    control = RawControl(kernel.process())
+    server.disk.submit(IoOp.READ, 0, 512)
+    tag = server.delivered().user_data
+    copy = server.char.start_pwrite(place(tag), task=server.process.task())
+    server.process.exit()
+    assert control.delete() is None
+    held = kernel.held_commands()
+    assert len(held) == 2
+    kernel.let_time_pass(3600)
+    assert kernel.held_commands() == held
+    copy.write(b"z")
+    assert [cqe.result for cqe in control.ring.reap()] == [0]
+    assert kernel.devices == {}
 
 
 @pytest.mark.parametrize(("version", "rest"), [((7, 3), None), ((7, 1), 8)])
