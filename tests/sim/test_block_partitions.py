@@ -89,6 +89,16 @@ async def test_an_empty_disk_is_read_once() -> None:
         assert device.disk.partitions == []
 
 
+@pytest.mark.parametrize("version", [(6, 12), (7, 3)])
+async def test_a_disk_of_no_size_is_not_read(version: tuple[int, int]) -> None:
+    """START_DEV does not wait for a scan where there is nothing to read."""
+    kernel = SimKernel(version=version)
+    async with machine(kernel) as m, opened(m, params=basic_params(size=0)) as device:
+        device.queue.fetch_all()
+        assert await m.start() == 0
+        assert device.queue.events() == []
+
+
 async def test_gpt() -> None:
     """The protective MBR, the header, the entries, then the alternate copy's; each page once."""
     disk = gpt((1, 34, 100), (3, 200, 1999), blocks=2048)

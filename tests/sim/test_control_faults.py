@@ -220,3 +220,11 @@ async def test_pid_is_the_lower_half_of_the_data(data: int, result: int) -> None
     async with machine(kernel) as m, opened(m) as device:
         device.queue.fetch_all()
         assert await m.command(ControlCommand.START_DEV, data=data) == result
+
+
+async def test_a_wait_that_is_none_cannot_be_interrupted() -> None:
+    """DEL_DEV of a device that nobody uses has nothing to wait for, and so passes."""
+    kernel = failing_kernel("DEL_DEV wait")
+    async with machine(kernel) as m:
+        await m.add()
+        assert await m.delete() == 0

@@ -8,9 +8,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.sim.mini import Machine, basic_params, live, machine, opened
+from tests.sim.mini import Machine, RawQueue, basic_params, live, machine, opened
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
+from ublk_trio.kernel_sim.waits import Steps, Wait
 from ublk_trio.ring import pack_answer
 from ublk_trio.uapi import ControlCommand, DeviceState, Feature, IoCommand, IoOp
 
@@ -393,3 +394,33 @@ async def test_leftovers_name_everything() -> None:
         ]
         device.close()
     assert kernel.leftovers() == []
+
+
+async def test_start_lets_go_of_a_device_that_was_reset() -> None:
+    """START_DEV looks again once it has the device: when the tags are gone it waits for the next server, and holds nobody up."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, opened(m, depth=2) as device, trio.open_nursery() as nursery:
+        device.queue.fetch_all()
+        mutex = kernel.devices[0].mutex
+        is_over = False
+
+        def hold() -> Steps:
+            yield from mutex.lock()
+            yield Wait("the test", lambda: is_over)
+            mutex.unlock()
+            return 0
+
+        kernel.run("somebody", hold())
+        device.close()
+        start = await send(nursery, m, START, data=kernel.server_pid)
+        assert len(kernel.held_commands()) == 3
+        is_over = True
+        kernel.changed()
+        await wait_all_tasks_blocked()
+        assert kernel.held_commands() == ["START_DEV of device 0, waiting for every tag of device 0 to be fetched"]
+        assert await m.set_params(0, basic_params()) == 0
+        device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
+        device.queues = [RawQueue(device.char.open_queue(0, buffers=2))]
+        device.queue.fetch_all()
+        await wait_all_tasks_blocked()
+        assert start.result == 0

@@ -457,6 +457,20 @@ async def test_size_of_a_quiesced_disk_may_change() -> None:
         assert int.from_bytes(buffer[24:32], "little") == 16
 
 
+async def test_a_new_size_outlives_the_disk() -> None:
+    """UPDATE_SIZE changes the device's parameters, too: after STOP_DEV the next START_DEV makes a disk of that size."""
+    kernel = make_kernel()
+    async with machine(kernel) as m, live(m) as device:
+        assert await m.command(ControlCommand.UPDATE_SIZE, data=16) == 0
+        assert await m.stop() == 0
+        device.close()
+        device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
+        device.queues = [RawQueue(device.char.open_queue(0, buffers=4))]
+        device.queue.fetch_all()
+        assert await m.start() == 0
+        assert device.disk.size == 8192
+
+
 # ---------------------------------------------------------------------- the moment after the last close
 
 
@@ -472,6 +486,7 @@ async def test_the_last_close_may_take_a_moment() -> None:
             with pytest.raises(KernelError) as caught:
                 await kernel.open_char_device(device.info, ioctl_encoded=True)
             assert caught.value.errno == errno.EBUSY
+            assert "it has an opener" in str(caught.value)
         device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
         device.queues = []
 

@@ -11,7 +11,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.sim.mini import RawQueue, basic_params, live, machine, opened
 from tests.sim.raw import FETCH, raw_server
 from ublk_trio.errors import KernelError
-from ublk_trio.kernel_sim import SimKernel
+from ublk_trio.kernel_sim import DrawnChoices, SimKernel
 from ublk_trio.kernel_sim.uring import SimUring
 from ublk_trio.uapi import ControlCommand, DeviceState, Feature, IoOp
 
@@ -227,8 +227,9 @@ async def test_in_between_a_stopped_device_keeps_its_tags() -> None:
 
 
 async def test_an_old_device_is_open_again_at_once() -> None:
-    """There is no work after the last close of the char device that an opener could meet."""
-    kernel = old_kernel()
+    """There is no work after the last close of the char device that an opener could meet, however late it may be."""
+    choices = DrawnChoices(lambda what, options: options - 1 if what == "release-late" else 0)
+    kernel = SimKernel(choices, version=(6, 12), partition_scan=False)
     async with machine(kernel) as m:
         info = await m.add()
         for _ in range(2):

@@ -20,7 +20,7 @@ from ublk_trio.kernel_sim.call import Call
 from ublk_trio.kernel_sim.control_faults import fails
 from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.waits import Steps, Wait
-from ublk_trio.uapi import DeviceState, Feature, ParamsBasic
+from ublk_trio.uapi import Feature, ParamsBasic
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import SimDisk
@@ -57,7 +57,8 @@ def start(kernel: SimKernel, device: SimDevice, call: Call) -> Steps:
     try:
         if kernel.version.checks_opener_pid and pid != device.opener_pid:
             return -errno.EINVAL
-        if device.info.state is DeviceState.LIVE or device.used:
+        # A LIVE device, for which the driver looks too, has a disk.
+        if device.used:
             return -errno.EEXIST
         if device.stopping:
             return -errno.EBUSY
