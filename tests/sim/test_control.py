@@ -179,6 +179,32 @@ async def test_the_limit_on_devices() -> None:
     assert [await add(new, any_id) for _ in range(2)] == [0, 0]
 
 
+async def test_the_limit_does_not_count_what_was_deleted() -> None:
+    """A device that DEL_DEV_ASYNC removed makes room at once, though its server keeps its id."""
+    kernel = SimKernel(version=(6, 11), devices_max=1)
+    async with machine(kernel) as m, opened(m) as device:
+        assert await m.command(ControlCommand.DEL_DEV_ASYNC, device.info.dev_id) == 0
+        assert device.info.dev_id in kernel.device_ids()
+        assert (await m.add()).dev_id != device.info.dev_id
+
+
+@pytest.mark.parametrize("flags", [REISSUE, R | REISSUE | FAIL_IO])
+async def test_before_6_13_recovery_flags_were_not_checked(flags: Feature) -> None:
+    """6.12 takes recovery flags that later releases refuse, and drops what it does not know."""
+    kernel = SimKernel(version=(6, 12))
+    buffer = bytearray(attrs.evolve(GOOD, flags=flags).pack())
+    assert await add(kernel, GOOD, buffer=buffer) == 0
+    assert DevInfo.unpack(buffer).flags & (R | REISSUE | FAIL_IO) == flags & kernel.features
+
+
+async def test_batches_have_no_daemons_of_their_own() -> None:
+    """BATCH_IO is granted without PER_IO_DAEMON and NEED_GET_DATA: no tag has a command of its own."""
+    async with machine(SimKernel()) as m:
+        granted = (await m.add(flags=Feature.BATCH_IO | Feature.NEED_GET_DATA)).flags
+        assert Feature.BATCH_IO in granted
+        assert not granted & (Feature.PER_IO_DAEMON | Feature.NEED_GET_DATA)
+
+
 # ---------------------------------------------------------------------- parameters
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+import attrs
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
@@ -134,8 +135,9 @@ ROOT = Identity(pid=77)
 
 
 def call(command: int, memory: OneMapping, address: int, length: int, **more: object) -> Call:
+    given = {"caller": ROOT} | more
     return Call(
-        command=command, dev_id=0, memory=memory, address=address, length=length, caller=ROOT, **more  # type: ignore[arg-type]
+        command=command, dev_id=0, memory=memory, address=address, length=length, **given  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -177,6 +179,34 @@ def test_opcodes() -> None:
     assert run(kernel, call(ControlCommand.ADD_DEV, OneMapping(INFO.pack()), BASE, 64)) == 0
     for broken in ({"opcode_type": 0}, {"exact_opcode": False}):
         assert run(kernel, call(features, memory, BASE, 8, **broken)) == -errno.EOPNOTSUPP
+
+
+def test_without_legacy_opcodes_no_plain_number_is_understood() -> None:
+    """EOPNOTSUPP, before the device is looked for, whatever the command's age."""
+    kernel = SimKernel(legacy_opcodes=False)
+    for command in (ControlCommand.GET_DEV_INFO2, ControlCommand.DEL_DEV_ASYNC):
+        assert run(kernel, call(command, OneMapping(bytes(8)), BASE, 8, opcode_type=0)) == -errno.EOPNOTSUPP
+        assert run(kernel, call(command, OneMapping(bytes(8)), BASE, 8)) == -errno.ENODEV
+
+
+def test_a_plain_get_features_is_a_command_for_a_device() -> None:
+    """A user's device wants its path, then, as for every command, and does not know it."""
+    kernel = SimKernel(privileged=False)
+    added = OneMapping(attrs.evolve(INFO, flags=Feature.UNPRIVILEGED_DEV).pack())
+    user = {"caller": kernel.identity, "opcode_type": 0}
+    assert run(kernel, call(ControlCommand.ADD_DEV, added, BASE, 64, **user)) == 0
+    memory = OneMapping(b"/dev/ublkc0\0" + bytes(8))
+    features = ControlCommand.GET_FEATURES
+    assert run(kernel, call(features, memory, BASE, 20, dev_path_length=12, **user)) == -errno.EOPNOTSUPP
+    assert run(kernel, call(features, memory, BASE, 20, **user)) == -errno.EINVAL
+
+
+def test_before_6_3_get_dev_info2_is_unknown() -> None:
+    """To a device that there is it is like any other number; nothing asks for a path."""
+    kernel = SimKernel(version=(6, 1))
+    assert run(kernel, call(ControlCommand.ADD_DEV, OneMapping(INFO.pack()), BASE, 64, opcode_type=0)) == 0
+    info2 = call(ControlCommand.GET_DEV_INFO2, OneMapping(bytes(64)), BASE, 64, opcode_type=0)
+    assert run(kernel, info2) == -errno.EOPNOTSUPP
 
 
 @pytest.mark.parametrize(

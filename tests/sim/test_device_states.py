@@ -304,3 +304,30 @@ async def test_older_releases_report_a_dead_servers_pid() -> None:
     """6.12 says what START_DEV was told."""
     async with situation((6, 12), "quiesced") as s:
         assert (await s.m.info(DEV_ID)).ublksrv_pid == s.kernel.server_pid
+
+
+@pytest.mark.parametrize("pid", [None, 1])
+async def test_a_dead_server_opened_nothing(pid: int | None) -> None:
+    """6.17, which starts a device whose tags were fetched once, refuses every pid when nobody has opened it since."""
+    async with situation((6, 17), "dead") as s:
+        data = s.kernel.server_pid if pid is None else pid
+        assert await s.send(ControlCommand.START_DEV, data=data) == -errno.EINVAL
+
+
+@pytest.mark.parametrize("what", ["char", "ring"])
+async def test_whoever_has_the_char_device_is_a_server_that_was_stopped(what: str) -> None:
+    """After STOP_DEV START_DEV is EBUSY, not held, while the char device is open or a ring of it is left."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m:
+        info = await m.add()
+        assert await m.set_params(0, basic_params()) == 0
+        char = await kernel.open_char_device(info, ioctl_encoded=True)
+        if what == "ring":
+            ring = char.open_queue(0, buffers=1)
+            char.close()
+        assert await m.stop() == 0
+        with trio.fail_after(5):
+            assert await m.start() == -errno.EBUSY
+        if what == "ring":
+            ring.close()
+        char.close()

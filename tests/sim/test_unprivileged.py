@@ -173,6 +173,8 @@ WRITERS = (
     ControlCommand.UPDATE_SIZE,
     ControlCommand.QUIESCE_DEV,
     ControlCommand.TRY_STOP_DEV,
+    ControlCommand.REG_BUF,
+    ControlCommand.UNREG_BUF,
 )
 
 
@@ -198,7 +200,9 @@ async def test_what_the_path_must_be(command: ControlCommand) -> None:
         assert await user.result(command) == -errno.EACCES
 
 
-@pytest.mark.parametrize("path", [PATH, b"/dev/ublkc0", b"//dev/./ublkc0", b"dev/ublkc0\0garbage"])
+@pytest.mark.parametrize(
+    "path", [PATH, b"/dev/ublkc0", b"//dev/./ublkc0", b"dev/ublkc0\0garbage", PATH.ljust(4096, b"\0")]
+)
 async def test_paths_to_the_same_file(path: bytes) -> None:
     """A path is a path: with or without its end, and by any way."""
     kernel = SimKernel(privileged=False)

@@ -28,7 +28,7 @@ from ublk_trio.kernel_sim.control_recovery import end_recovery, quiesce, start_r
 from ublk_trio.kernel_sim.control_start import delete, start, stop, try_stop, update_size
 from ublk_trio.kernel_sim.linux_errno import ENOTSUPP
 from ublk_trio.kernel_sim.waits import Held, Steps
-from ublk_trio.uapi import LAST_LEGACY_CONTROL_COMMAND, ControlCommand, Feature
+from ublk_trio.uapi import ControlCommand, Feature
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -67,7 +67,6 @@ _WRITE_ACCESS: Final = frozenset(
     {
         ControlCommand.START_DEV,
         ControlCommand.STOP_DEV,
-        ControlCommand.ADD_DEV,
         ControlCommand.DEL_DEV,
         ControlCommand.SET_PARAMS,
         ControlCommand.START_USER_RECOVERY,
@@ -117,7 +116,7 @@ def _encoding(kernel: SimKernel, call: Call) -> int:
     """The check of the opcode's type. A driver from before there were any compares whole opcodes, and so knows no other."""
     if not kernel.version.understands_ioctl_encoding or call.encoded:
         return 0
-    if call.opcode_type or (call.command <= LAST_LEGACY_CONTROL_COMMAND and not kernel.legacy_opcodes):
+    if call.opcode_type or not kernel.legacy_opcodes:
         return -errno.EOPNOTSUPP
     return 0
 

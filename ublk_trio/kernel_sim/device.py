@@ -152,9 +152,7 @@ class SimDevice:
     def update_delivery(self) -> None:
         """After a change of any flag: may the queues deliver?"""
         for queue in self.queues:
-            queue.delivering = not (
-                self.quiesced or queue.canceling or queue.fails_all or (queue.aborts_all and self.holds)
-            )
+            queue.delivering = not (self.quiesced or queue.canceling or queue.fails_all or queue.aborts_all)
 
     def refusal(self, queue: SimQueue) -> int | None:
         """What a request ends with that the queue cannot deliver; None: it is held."""
@@ -162,7 +160,7 @@ class SimDevice:
             return None
         if queue.fails_all:
             return number("EREMOTEIO")
-        if queue.aborts_all and self.holds:
+        if queue.aborts_all:
             return errno.EIO
         assert queue.canceling
         return None if self.holds else errno.EIO
