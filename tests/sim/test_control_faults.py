@@ -201,6 +201,12 @@ def test_a_plain_get_features_is_a_command_for_a_device() -> None:
     assert run(kernel, call(features, memory, BASE, 20, **user)) == -errno.EINVAL
 
 
+def test_before_6_4_no_type_is_looked_at() -> None:
+    """An opcode of whatever type is one more number that nobody knows: ENODEV, as for any without a device."""
+    kernel = SimKernel(version=(6, 1))
+    assert run(kernel, call(ControlCommand.STOP_DEV, OneMapping(b""), 0, 0, opcode_type=1)) == -errno.ENODEV
+
+
 def test_before_6_3_get_dev_info2_is_unknown() -> None:
     """To a device that there is it is like any other number; nothing asks for a path."""
     kernel = SimKernel(version=(6, 1))

@@ -314,6 +314,19 @@ async def test_closing_the_control_ring_interrupts() -> None:
         assert stop.result == 0
 
 
+async def test_a_held_command_keeps_a_deleted_device() -> None:
+    """After DEL_DEV_ASYNC the id becomes free when the last command that works on the device has ended."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, trio.open_nursery() as nursery:
+        await m.add()
+        assert await m.set_params(0, basic_params()) == 0
+        async with machine(kernel) as other:
+            await send(nursery, other, START, data=kernel.server_pid)
+            assert await m.command(ControlCommand.DEL_DEV_ASYNC) == 0
+            assert kernel.device_ids() == [0]
+        assert kernel.device_ids() == []
+
+
 async def test_stop_waits_for_start() -> None:
     """START_DEV of an older release holds the device's mutex while it scans partitions; a STOP_DEV comes after it."""
     kernel = SimKernel(version=(6, 12))
