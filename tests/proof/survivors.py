@@ -69,6 +69,33 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "-1 is no page's offset"
             ),
         },
+        "ublk_trio.kernel_sim.device": {
+            **dict.fromkeys(
+                (
+                    f"SimDevice.{name}: return 0 -> return {other}"
+                    for name in ("stop", "_abort_all", "wait_until_idle")
+                    for other in (1, -1)
+                ),
+                "nobody looks at it: a generator of this type has to return something",
+            ),
+            **dict.fromkeys(
+                (
+                    "SimDevice.__init__: self.opener_pid = 0 -> self.opener_pid = 1",
+                    "SimDevice.__init__: self.opener_pid = 0 -> self.opener_pid = -1",
+                ),
+                "nothing asks for it before somebody has opened the char device",
+            ),
+            **dict.fromkeys(
+                (
+                    "SimDevice.reset: self.opener_pid = -1 -> self.opener_pid = -2",
+                    "SimDevice.reset: self.opener_pid = -1 -> self.opener_pid = -0",
+                ),
+                "no process has such a pid either",
+            ),
+            "SimDevice.__init__: self.server_died = False -> self.server_died = True": (
+                "a device that was never LIVE has no pid to hide, and no requests"
+            ),
+        },
         "ublk_trio.kernel_sim.registered": {
             "BufferTable.unregister: return 0 -> return 1": "UNREGISTER_IO_BUF turns 0 into ENDED, which is 1",
         },
