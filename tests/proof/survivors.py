@@ -92,6 +92,9 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 ),
                 "no process has such a pid either",
             ),
+            "SimDevice.disk_closed: if disk is self.detached_disk and (not disk.openers) -> if not disk.openers": (
+                "another disk than the detached one is still there: nothing is freed"
+            ),
             "SimDevice.__init__: self.server_died = False -> self.server_died = True": (
                 "a device that was never LIVE has no pid to hide, and no requests"
             ),

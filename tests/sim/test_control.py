@@ -363,7 +363,9 @@ async def test_params_are_fixed_while_there_is_a_disk() -> None:
     async with machine(kernel) as m, live(m) as device:
         assert await m.set_params(0, basic_params()) == -errno.EACCES
         with device.disk.open():
-            await m.stop()
+            with device.disk.open():
+                await m.stop()
+                assert await m.set_params(0, basic_params()) == -errno.EACCES
             assert await m.set_params(0, basic_params()) == -errno.EACCES
         assert await m.set_params(0, basic_params()) == 0
 
