@@ -15,7 +15,7 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 KERNELS=(6.12 7.3)
-KERNEL_SECONDS_MAX=1800
+KERNEL_SECONDS_MAX=2500
 ORDINARY_ID=65534
 here=$(pwd -P)
 python=$here/.venv/bin/python
