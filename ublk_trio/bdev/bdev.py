@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 import trio
@@ -31,8 +31,8 @@ class Bdev:
         self._limited = Limited(backend)
         #: What it is made of. A `File` has become a `ThreadedFile`.
         self.backend = self._limited.base.backend
-        #: What its users call.
-        self.serving: Backend = self.backend
+        #: What its users call: a backend, with those of the optional methods that are `offered`.
+        self.serving: Any = self.backend
         #: What kind of bdev it is, for people: ``Malloc disk``.
         self.product_name = product_name
         self.uuid = uuid or uuid4()

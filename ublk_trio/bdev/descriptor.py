@@ -67,28 +67,26 @@ class Descriptor(Backend):
         """Takes the user out. The bdev stays open."""
         self.bdev.detach(self)
 
-    @property
-    def _serving(self) -> Any:
-        return self.bdev.serving
-
     def read(self, offset: int, buffer: memoryview) -> Result:
         outcome: Result = self._counted("read", len(buffer), self.bdev.serving.read, offset, buffer)
         return outcome
 
     def write(self, offset: int, data: memoryview, *, fua: bool) -> Result:
-        outcome: Result = self._counted("write", len(data), self._serving.write, offset, data, fua=fua)
+        outcome: Result = self._counted("write", len(data), self.bdev.serving.write, offset, data, fua=fua)
         return outcome
 
     def flush(self) -> Done:
-        outcome: Done = self._counted("flush", 0, self._serving.flush)
+        outcome: Done = self._counted("flush", 0, self.bdev.serving.flush)
         return outcome
 
     def discard(self, offset: int, length: int) -> Done:
-        outcome: Done = self._counted("discard", length, self._serving.discard, offset, length)
+        outcome: Done = self._counted("discard", length, self.bdev.serving.discard, offset, length)
         return outcome
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> Done:
-        outcome: Done = self._counted("write_zeroes", length, self._serving.write_zeroes, offset, length, unmap=unmap)
+        outcome: Done = self._counted(
+            "write_zeroes", length, self.bdev.serving.write_zeroes, offset, length, unmap=unmap
+        )
         return outcome
 
     def _counted(self, operation: str, length: int, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
