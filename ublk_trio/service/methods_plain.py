@@ -122,17 +122,17 @@ async def null_create(service: Service, params: NullCreate) -> str:
 
 async def null_resize(service: Service, params: Resize) -> bool:
     """Give it another size; a disk that is made of it follows."""
-    bdev = service.find(params.name, "bdev_null_create")
-    assert isinstance(bdev.backend, Null)
-    bdev.backend.resize(params.new_size * _MIB)
-    await bdev.resized()
-    return True
+    return await _resize(service, params, "bdev_null_create")
 
 
 async def malloc_resize(service: Service, params: Resize) -> bool:
     """Give it another size; a disk that is made of it follows. What is beyond a smaller one is lost."""
-    bdev = service.find(params.name, "bdev_malloc_create")
-    assert isinstance(bdev.backend, Memory)
+    return await _resize(service, params, "bdev_malloc_create")
+
+
+async def _resize(service: Service, params: Resize, method: str) -> bool:
+    bdev = service.find(params.name, method)
+    assert isinstance(bdev.backend, Memory | Null)
     bdev.backend.resize(params.new_size * _MIB)
     await bdev.resized()
     return True
