@@ -301,8 +301,7 @@ class Worker:
         self, token: int, cmd_op: int, dev_id: int, queue_id: int, length: int, where: str, data: int,
         path_length: int, sent: str, wide: bool,
     ) -> int:  # fmt: skip
-        if self.control_fd < 0:
-            self.control_fd = os.open("/dev/ublk-control", os.O_RDWR)
+        self._open_control()
         if wide:
             ring = self.control = self.control or Ring(sq_entries=16)
         else:
@@ -318,9 +317,13 @@ class Worker:
         result = ring.submit([entry])
         return 0 if result == 1 else result
 
+    def _open_control(self) -> None:
+        if self.control_fd < 0:
+            self.control_fd = os.open("/dev/ublk-control", os.O_RDWR)
+
     def do_user(self) -> int:
-        """Become an ordinary user, who may use the control device."""
-        os.chmod("/dev/ublk-control", 0o666)
+        """Become an ordinary user, who has the control device open: the driver asks who sends, not who opened."""
+        self._open_control()
         os.setgroups([])
         os.setgid(USER_ID)
         os.setuid(USER_ID)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from ublk_trio.control import open_control
 from ublk_trio.device import already_gone_is_fine
 from ublk_trio.real import RealKernel
 from ublk_trio.real.queue import bury_ended
+from ublk_trio.uapi import CONTROL_PATH
 
 #: Seconds: closed rings, udev's probes and ended processes are gone a moment after what ended them returned.
 _SETTLE_SECONDS = 10.0
@@ -32,7 +34,9 @@ class Leftovers:
     def look(cls) -> Leftovers:
         """What is there now."""
         bury_ended()
-        return cls(things=frozenset(_nodes() | _entries() | _processes() | _open_files() | _mappings() | _mounts()))
+        return cls(
+            things=frozenset(_nodes() | _entries() | _processes() | _open_files() | _mappings() | _mounts() | _rights())
+        )
 
     def new(self) -> list[str]:
         """What is there now and was not then."""
@@ -107,3 +111,12 @@ def _mappings() -> set[str]:
 def _mounts() -> set[str]:
     lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
     return {f"mount {words[1]}" for line in lines if (words := line.split()) and words[2] in ("ext4", "tmpfs")}
+
+
+def _rights() -> set[str]:
+    """Whom the control device was given to; without the driver there is none."""
+    try:
+        status = os.stat(CONTROL_PATH)
+    except FileNotFoundError:
+        return set()
+    return {f"rights {status.st_uid}:{status.st_gid} {stat.filemode(status.st_mode)}"}
