@@ -33,6 +33,8 @@ from ublk_trio.workload import Workload, WorkloadReport
 MIB = 1 << 20
 BLOCK = 4096
 HANDOVERS = 4
+#: Longer than a load takes from one answer to its next request.
+BACKEND_SECONDS_MIN = 0.005
 #: With QUIESCE, without it, and with the recovery of before 6.15.
 VERSIONS = [(7, 3), (6, 16), (6, 15), (6, 12)]
 WAYS = [
@@ -47,14 +49,15 @@ WAYS = [
 class Slow(Backend):
     """Memory that takes a moment, another one for each request."""
 
-    def __init__(self, memory: Memory) -> None:
+    def __init__(self, memory: Memory, seconds_min: float = 0.0) -> None:
         self.memory = memory
         self.size = memory.size
+        self.seconds_min = seconds_min
         self.calls = 0
 
     async def _wait(self) -> None:
         self.calls += 1
-        await trio.sleep(self.calls % 4 * 0.001)
+        await trio.sleep(self.seconds_min + self.calls % 4 * 0.001)
 
     async def read(self, offset: int, buffer: memoryview) -> None:
         await self._wait()
@@ -65,14 +68,16 @@ class Slow(Backend):
         self.memory.write(offset, data, fua=fua)
 
 
-async def hand_over_under_load(kernel: SimKernel, options: DeviceOptions, *, seconds_max: float = 60.0) -> None:
+async def hand_over_under_load(
+    kernel: SimKernel, options: DeviceOptions, *, backend_seconds_min: float = 0.0, seconds_max: float = 60.0
+) -> None:
     """From one server to the next, several times, while a verified load runs; whatever goes wrong is an AssertionError."""
     memory = Memory(MIB)
     report = WorkloadReport(disk="disk")
     load = Workload(seed=3, seconds=1000.0, region_bytes=64 * 1024)
 
     def backend() -> Backend:
-        return Slow(memory) if options.serve == "async" else memory
+        return Slow(memory, backend_seconds_min) if options.serve == "async" else memory
 
     with trio.fail_after(seconds_max):
         async with trio.open_nursery() as nursery:
@@ -131,16 +136,18 @@ async def test_under_load(
     ids=["not waited for", "not quiesced"],
 )
 async def test_planted_bugs_are_caught(plant: mock._patch[object]) -> None:
-    """A server that lets go too early fails requests, which is noticed."""
+    """A server that lets go too early leaves requests to nobody, which is noticed."""
     options = DeviceOptions(recovery=Recovery.REQUEUE, serve="async", queues=2, depth=4, max_io_bytes=16384)
+
+    async def hand_over(seconds_max: float) -> None:
+        # Whenever a disk is let go, the backend has something under way.
+        await hand_over_under_load(
+            SimKernel(SeededChoices(0)), options, backend_seconds_min=BACKEND_SECONDS_MIN, seconds_max=seconds_max
+        )
+
     with plant, pytest.raises((AssertionError, BaseExceptionGroup, trio.TooSlowError)):
-        await _try_often(options)
-
-
-async def _try_often(options: DeviceOptions) -> None:
-    # How far a load gets in its time is chance: one that notices nothing is followed by another.
-    for seed in range(60):
-        await hand_over_under_load(SimKernel(SeededChoices(seed)), options, seconds_max=5.0)
+        await hand_over(5.0)
+    await hand_over(60.0)
 
 
 @attrs.define
