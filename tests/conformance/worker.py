@@ -367,16 +367,24 @@ class Worker:
             view = memoryview(self.arena)[place : place + length]
         if kind in ("write", "fua") or place >= 0:
             view[:] = bytes([fill]) * length
+        placed = threading.Event()
         thread = threading.Thread(
-            target=self._operate, args=(token, kind, descriptor, offset, length, view, cpu), daemon=True
+            target=self._operate, args=(token, kind, descriptor, offset, length, view, cpu, placed), daemon=True
         )
         self.operating += 1
         thread.start()
+        # It sleeps while it is moved to its CPU; who waits until all threads sleep must not take that for the operation.
+        placed.wait()
         return 0
 
-    def _operate(self, token: int, kind: str, fd: int, offset: int, length: int, view: memoryview, cpu: int) -> None:
-        if cpu >= 0:
-            os.sched_setaffinity(0, {cpu})
+    def _operate(
+        self, token: int, kind: str, fd: int, offset: int, length: int, view: memoryview, cpu: int, placed: threading.Event
+    ) -> None:  # fmt: skip
+        try:
+            if cpu >= 0:
+                os.sched_setaffinity(0, {cpu})
+        finally:
+            placed.set()
         result, data = 0, ""
         try:
             if kind == "read":
