@@ -218,6 +218,7 @@ def _why_not_real(steps: list[Step]) -> str | None:
     return f"needs {', '.join(missing)}" if missing else None
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize(("page", "real"), list(_runs()))
 def test_examples(page: Path, real: bool, tmp_path: Path) -> None:
     """What a page has its reader type prints what the page says, in the page's order."""

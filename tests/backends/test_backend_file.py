@@ -561,6 +561,7 @@ def loop_device(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["losetup", "-d", device], check=True)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("direct", [False, True])
 async def test_a_block_device_is_a_disk(loop_device: Path, direct: bool) -> None:
     """Size and blocks come from the device; it is written, zeroed and discarded."""
@@ -581,6 +582,7 @@ async def test_a_block_device_is_a_disk(loop_device: Path, direct: bool) -> None
         assert read(file, 8192, 4096) == data
 
 
+@pytest.mark.any_kernel
 async def test_a_block_device_has_one_writer(loop_device: Path) -> None:
     """O_EXCL: a second writer gets EBUSY; a reader may look."""
     async with opened(File(loop_device)):
@@ -592,6 +594,7 @@ async def test_a_block_device_has_one_writer(loop_device: Path) -> None:
             assert capabilities(file) == {"read"}
 
 
+@pytest.mark.any_kernel
 async def test_a_block_device_is_rescanned(loop_device: Path) -> None:
     """When the device gets another size, a rescan finds it; before, the disk has the old one."""
     backing = loop_device_file(loop_device)

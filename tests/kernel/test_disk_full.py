@@ -29,6 +29,7 @@ async def small_filesystem(directory: Path) -> AsyncIterator[Path]:
     done.check()
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("serve", ["inline", "async"])
 async def test_full_disk(tmp_path: Path, serve: str) -> None:
     """A write that the server's filesystem has no room for gets ENOSPC; what is there is read and rewritten as before."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import trio
 
 from tests.kernel.leftovers import Leftovers
@@ -53,6 +54,7 @@ class Crowd:
             self.loads.append(load)
 
 
+@pytest.mark.any_kernel
 async def test_fifty_starts_and_stops() -> None:
     """Eight busy disks at once, 50 in all, in random order; no node, entry, process, descriptor or mapping is left."""
     before = Leftovers.look()

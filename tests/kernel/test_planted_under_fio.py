@@ -39,6 +39,7 @@ class OneBlockLate(Memory):
         return super().write(late, data, fua=fua)
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("backend", [FlipsABit, ForgetsAWrite, OneBlockLate])
 async def test_wrong_data_is_found(backend: type[Memory]) -> None:
     """fio's verification fails on a disk that loses, moves or changes what was written."""
@@ -49,6 +50,7 @@ async def test_wrong_data_is_found(backend: type[Memory]) -> None:
                 await fio_verify(device.path)
 
 
+@pytest.mark.any_kernel
 async def test_forgotten_device_is_found() -> None:
     """A device that is added and never deleted is named by the check that every test here ends with."""
     before = Leftovers.look()

@@ -34,6 +34,7 @@ def files(directory: Path, *sizes: int) -> list[Backend]:
     return [File(str(make_file(directory / f"member{number}", size))) for number, size in enumerate(sizes)]
 
 
+@pytest.mark.any_kernel
 @pytest.mark.parametrize("kind", ["raid0", "concat", "raid1"])
 async def test_every_byte(tmp_path: Path, kind: str) -> None:
     """What fio writes, sequentially and at random, 512 bytes to 1 MiB at a time, is what it reads."""

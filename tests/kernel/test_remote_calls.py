@@ -77,6 +77,7 @@ async def test_disks_by_call(tmp_path: Path) -> None:
         assert not exists("/dev/ublkb5")
 
 
+@pytest.mark.any_kernel
 async def test_saved_and_restored(tmp_path: Path) -> None:
     """What a saved configuration makes is what was saved, with the data of what keeps it; a signal by call ends it."""
     socket, saved = str(tmp_path / "rpc.sock"), tmp_path / "saved.json"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.kernel.programs import run, start_server
 
 TIB = 1 << 40
 MIB = 1 << 20
 
 
+@pytest.mark.any_kernel
 async def test_tebibyte_in_little_memory() -> None:
     """A disk of 1 TiB in memory is written and read at both ends, and costs a few MiB."""
     # Few and small buffers: where huge pages are always given, each one used for the first time takes 2 MiB.

@@ -54,6 +54,7 @@ class Commands:
             check_refused(done[index], code, message)
 
 
+@pytest.mark.any_kernel
 async def test_numbers_and_names() -> None:
     """Numbers out of range, unknown backends, bad sizes and unknown ids are refused, each with its own line."""
     commands = Commands()
@@ -91,6 +92,7 @@ async def read_only(path: Path) -> AsyncIterator[None]:
             await run("umount", path)
 
 
+@pytest.mark.any_kernel
 async def test_files(tmp_path: Path) -> None:
     """A file that is missing, read-only, locked, empty, of a bad size, or no file at all is refused, with the mend."""
     good = make_file(tmp_path / "good", 1 << 20)
@@ -136,6 +138,7 @@ async def unload() -> None:
         pytest.skip("ublk_drv is in use or built in")
 
 
+@pytest.mark.any_kernel
 async def test_no_module() -> None:
     """Without the driver `start` says to load it, and `doctor` does too."""
     await unload()
