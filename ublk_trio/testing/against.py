@@ -114,6 +114,8 @@ class _Run:
         self.storage = storage
         self.model: DurabilityModel | None = None
         self.writes = 0
+        #: How many of the kernel's kills the storage and the model have gone through.
+        self.deaths = 0
 
     async def main(self, lives: list[Life]) -> None:
         for life in lives:
@@ -179,7 +181,10 @@ class _Run:
                         await trio.lowlevel.checkpoint()
 
     def _die(self, life: Life) -> None:
-        """At once: what the dead process' tasks still do on their way out changes nothing, and interests nobody."""
+        """Once for each kill, and at once: what the dead process' tasks still do on their way out changes nothing, and interests nobody."""
+        if self.deaths == self.kernel.kills:
+            return
+        self.deaths = self.kernel.kills
         self.storage = self.storage.crash() if life.ending == "crash" else self.storage.restart()
         if self.model is not None:
             self.model.crash()
