@@ -73,7 +73,7 @@ async def test_refusals_of_bdevs(tmp_path: Path) -> None:
             ("bdev_get_iostat", {"name": "a", "per_channel": True}, INVALID, "per_channel"),
             ("bdev_aio_rescan", {"name": "a"}, errno.ENODEV, "made by"),
             ("bdev_null_resize", {"name": "a", "new_size": 1}, errno.ENODEV, "made by"),
-            ("bdev_passthru_create", {"name": "p", "base_bdev_name": "x"}, errno.ENODEV, "'x'"),
+            ("bdev_passthru_create", {"name": "a", "base_bdev_name": "x"}, errno.EEXIST, "'a'"),
             ("bdev_delay_create", {"name": "d", "base_bdev_name": "a"}, INVALID, "avg_read_latency"),
             ("bdev_delay_update_latency", {"delay_bdev_name": "a", "latency_type": "avg_read", "latency_us": 1},
              errno.ENODEV, "made by"),

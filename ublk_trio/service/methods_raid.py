@@ -1,14 +1,16 @@
 """The methods of bdevs that stand on several others: raid0, raid1, concat.
 
-There is no superblock: a raid is what `bdev_raid_create` made, and a saved configuration holds that call. A mirror whose
-member's bdev goes does not go with it: the member leaves, and the mirror goes on, as long as one that is in sync is left.
+There is no superblock: a raid is what `bdev_raid_create` made, and a saved configuration holds that call. A raid whose members are not
+all there waits for them; it is "configuring" until then, and claims none. A mirror whose member's bdev goes does not go with it: the
+member leaves, and the mirror goes on, as long as one that is in sync is left. Its place stays, and is saved under SPDK's name for it.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
@@ -22,18 +24,25 @@ from ublk_trio.backends.stacked import Stacked
 from ublk_trio.bdev import Bdev, Descriptor
 from ublk_trio.errors import BackendError, UsageError
 from ublk_trio.rpc import Method
-from ublk_trio.service.service import Call, Made, Service
+from ublk_trio.service.service import Call, Made, Service, call_of
 
 logger = logging.getLogger("ublk_trio.service")
 
 #: Who has the bdevs of members.
 _CLAIM: Final = "raid"
 _METHOD: Final = "bdev_raid_create"
+#: As they are shown, by what may be asked for.
+_LEVELS: Final = {"raid0": "raid0", "0": "raid0", "raid1": "raid1", "1": "raid1", "concat": "concat"}
 _NO_UUID: Final = str(UUID(int=0))
+#: What SPDK writes for a place of a raid that is empty.
+_EMPTY_PLACE: Final = re.compile(r"removed_base_bdev_[0-9]+")
 
 
 class RaidCreate(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Parameters of ``bdev_raid_create``; KiB. A mirror has no strips; those of a concatenation do nothing."""
+    """Parameters of ``bdev_raid_create``; KiB. A mirror has no strips; those of a concatenation do nothing.
+
+    Of a mirror, a base bdev ``removed_base_bdev_N`` is a place that is empty.
+    """
 
     name: str
     raid_level: Literal["raid0", "0", "raid1", "1", "concat"]
@@ -51,7 +60,7 @@ class RaidDelete(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class RaidGetBdevs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Parameters of ``bdev_raid_get_bdevs``. Every raid is online here."""
+    """Parameters of ``bdev_raid_get_bdevs``. No raid is ever offline here."""
 
     category: Literal["all", "online", "configuring", "offline"]
 
@@ -72,9 +81,9 @@ class RaidRemoveBase(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class _Mirror(Raid1):
     """A mirror whose members have places, which stay empty when a member leaves."""
 
-    def __init__(self, members: Sequence[Descriptor]) -> None:
-        super().__init__(members)
-        self.places: list[Descriptor | None] = list(members)
+    def __init__(self, places: Sequence[Descriptor | None]) -> None:
+        super().__init__([member for member in places if member is not None])
+        self.places: list[Descriptor | None] = list(places)
         #: Removes the mirror's bdev.
         self.give_up: Callable[[], None] = lambda: None
 
@@ -105,11 +114,40 @@ class _Mirror(Raid1):
 
 
 async def raid_create(service: Service, params: RaidCreate) -> bool:
-    """Make a bdev of others, which it claims."""
+    """Make a bdev of others, which it claims; if they are not all there, as soon as they are."""
     if params.superblock:
         raise UsageError("params.superblock: only false is possible: a raid is remembered by the configuration")
-    members = [service.registry.descriptor(name, claim=_CLAIM) for name in params.base_bdevs]
-    backend = _build(params, members)
+    _check_strips(params)
+    names = [name for name in _places(params) if name is not None]
+    if not names:
+        raise UsageError("params.base_bdevs: all places are empty: name a bdev whose data the mirror has")
+
+    async def make() -> None:
+        await _make(service, params)
+
+    await service.make_on(params.name, call_of(_METHOD, params), names, make)
+    return True
+
+
+def _check_strips(params: RaidCreate) -> None:
+    match params.raid_level:
+        case "raid0" | "0" if not params.strip_size_kb:
+            raise UsageError("params.strip_size_kb: raid0 needs one, for example 64")
+        case "raid1" | "1" if params.strip_size_kb:
+            raise UsageError("params.strip_size_kb: raid1 has no strips: leave it out")
+
+
+def _places(params: RaidCreate) -> list[str | None]:
+    """The names of the members; None where a place is empty."""
+    if params.raid_level not in ("raid1", "1"):
+        return list(params.base_bdevs)
+    return [None if _EMPTY_PLACE.fullmatch(name) else name for name in params.base_bdevs]
+
+
+async def _make(service: Service, params: RaidCreate) -> None:
+    places = [None if name is None else service.registry.descriptor(name, claim=_CLAIM) for name in _places(params)]
+    members = [place for place in places if place is not None]
+    backend = _build(params, places)
     made = Made(
         method=_METHOD,
         params=lambda: _parameters(params, backend),
@@ -121,19 +159,15 @@ async def raid_create(service: Service, params: RaidCreate) -> bool:
         backend.give_up = members[0].on_removed
         for member in members:
             _look_after(service, bdev, backend, member)
-    return True
 
 
-def _build(params: RaidCreate, members: list[Descriptor]) -> Stacked:
+def _build(params: RaidCreate, places: Sequence[Descriptor | None]) -> Stacked:
+    members = [member for member in places if member is not None]
     match params.raid_level:
         case "raid0" | "0":
-            if not params.strip_size_kb:
-                raise UsageError("params.strip_size_kb: raid0 needs one, for example 64")
             return Raid0(members, params.strip_size_kb << 10)
         case "raid1" | "1":
-            if params.strip_size_kb:
-                raise UsageError("params.strip_size_kb: raid1 has no strips: leave it out")
-            return _Mirror(members)
+            return _Mirror(places)
     return Concat(members)
 
 
@@ -144,9 +178,13 @@ async def raid_delete(service: Service, params: RaidDelete) -> bool:
 
 async def raid_get_bdevs(service: Service, params: RaidGetBdevs) -> list[dict[str, Any]]:
     """The raids."""
-    if params.category not in ("all", "online"):
-        return []
-    return [{"name": bdev.name, **_describe(bdev)} for bdev in _raids(service)]
+    online = [{"name": bdev.name, **_describe(bdev)} for bdev in _raids(service)]
+    configuring = [
+        {"name": name, **_describe_expected(service, expected.call.params)}
+        for name, expected in service.expected.items()
+        if expected.call.method == _METHOD
+    ]
+    return {"online": online, "configuring": configuring, "offline": []}.get(params.category, online + configuring)
 
 
 async def raid_add_base(service: Service, params: RaidAddBase) -> bool:
@@ -236,12 +274,15 @@ def _members(bdev: Bdev) -> list[Descriptor | None]:
 
 
 def _parameters(params: RaidCreate, backend: Stacked) -> dict[str, Any]:
-    """What makes it again: of a mirror, from the members in sync."""
+    """What makes it again: of a mirror, from the members in sync, each in its place."""
     again: dict[str, Any] = {"raid_level": _level(backend), "base_bdevs": params.base_bdevs}
     if isinstance(backend, _Mirror):
         states = backend.states()
-        names = [place.bdev.name for place in backend.places if place is not None]
-        again["base_bdevs"] = [name for name in names if states.get(name) is MemberState.IN_SYNC]
+        names = [None if place is None else place.bdev.name for place in backend.places]
+        again["base_bdevs"] = [
+            name if name is not None and states.get(name) is MemberState.IN_SYNC else f"removed_base_bdev_{number}"
+            for number, name in enumerate(names)
+        ]
     if params.strip_size_kb:
         again["strip_size_kb"] = params.strip_size_kb
     return again
@@ -255,6 +296,25 @@ def _rebuilds(name: str, backend: Stacked) -> list[Call]:
     return [
         Call(method="bdev_raid_add_base_bdev", params={"raid_bdev": name, "base_bdev": each}) for each in rebuilding
     ]
+
+
+def _describe_expected(service: Service, params: Mapping[str, Any]) -> dict[str, Any]:
+    names = params["base_bdevs"]
+    missing = service.missing(names)
+    return {
+        "uuid": params.get("uuid", _NO_UUID),
+        "strip_size_kb": params.get("strip_size_kb", 0),
+        "state": "configuring",
+        "raid_level": _LEVELS[params["raid_level"]],
+        "superblock": False,
+        "num_base_bdevs": len(names),
+        "num_base_bdevs_discovered": len(names) - len(missing),
+        "num_base_bdevs_operational": len(names),
+        "base_bdevs_list": [
+            {"name": name, "uuid": _NO_UUID, "is_configured": name not in missing, "data_offset": 0, "data_size": 0}
+            for name in names
+        ],
+    }
 
 
 def _level(backend: Stacked) -> str:

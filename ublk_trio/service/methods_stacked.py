@@ -1,4 +1,4 @@
-"""The methods of bdevs that stand on one other: passthru, delay, error."""
+"""The methods of bdevs that stand on one other: passthru, delay, error. Each waits for its base, if that is not there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ublk_trio.backends import Backend, Delay, ErrorInjection, LatencyKind, Pass
 from ublk_trio.bdev import Descriptor
 from ublk_trio.rpc import Method
 from ublk_trio.service.methods_plain import Named
-from ublk_trio.service.service import Made, Service
+from ublk_trio.service.service import Made, Service, call_of
 
 Microseconds = Annotated[int, Meta(ge=0)]
 B = TypeVar("B", bound=Backend)
@@ -67,7 +67,7 @@ class InjectError(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 async def passthru_create(service: Service, params: PassthruCreate) -> str:
     """Make a bdev that hands everything on."""
-    await _stack(service, params.name, params.base_bdev_name, "passthru", Passthru, uuid=params.uuid)
+    await _stack(service, params, params.name, params.base_bdev_name, "passthru", Passthru)
     return params.name
 
 
@@ -83,7 +83,7 @@ async def delay_create(service: Service, params: DelayCreate) -> str:
             p99_write_us=params.p99_write_latency,
         )
 
-    await _stack(service, params.name, params.base_bdev_name, "delay", make, _latencies, uuid=params.uuid)
+    await _stack(service, params, params.name, params.base_bdev_name, "delay", make, _latencies)
     return params.name
 
 
@@ -104,11 +104,11 @@ async def error_create(service: Service, params: ErrorCreate) -> bool:
     name = f"EE_{params.base_name}"
     await _stack(
         service,
+        params,
         name,
         params.base_name,
         "error",
         ErrorInjection,
-        uuid=params.uuid,
         base_key="base_name",
         kind="error_disk",
     )
@@ -150,29 +150,30 @@ async def error_delete(service: Service, params: Named) -> bool:
 
 async def _stack(
     service: Service,
+    asked: PassthruCreate | ErrorCreate,
     name: str,
     base_name: str,
     product: str,
     make: Callable[[Descriptor], B],
     describe: Callable[[B], dict[str, Any]] = lambda _: {},
     *,
-    uuid: UUID | None,
     base_key: str = "base_bdev_name",
     kind: str | None = None,
 ) -> None:
     """Add a bdev that stands on one other, which it claims."""
-    base = service.registry.descriptor(base_name, claim=product)
-    backend = make(base)
+    method = f"bdev_{product}_create"
 
-    def params() -> dict[str, Any]:
-        return {base_key: base_name, **describe(backend)}
+    async def add() -> None:
+        base = service.registry.descriptor(base_name, claim=product)
+        backend = make(base)
+        made = Made(
+            method=method,
+            params=lambda: {base_key: base_name, **describe(backend)},
+            specific=lambda: {kind or product: {"name": name, "base_bdev_name": base_name, **describe(backend)}},
+        )
+        await service.make(made, name, backend, product_name=product, uuid=asked.uuid, bases=[base])
 
-    made = Made(
-        method=f"bdev_{product}_create",
-        params=params,
-        specific=lambda: {kind or product: {"name": name, "base_bdev_name": base_name, **describe(backend)}},
-    )
-    await service.make(made, name, backend, product_name=product, uuid=uuid, bases=[base])
+    await service.make_on(name, call_of(method, asked), [base_name], add)
 
 
 STACKED_METHODS: Final[tuple[Method[Service, Any], ...]] = (

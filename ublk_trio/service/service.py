@@ -1,25 +1,33 @@
-"""`Service`: what an operator's process holds: bdevs, and how each was made; a target, and its disks."""
+"""`Service`: what an operator's process holds: bdevs, and how each was made; a target, and its disks.
+
+A bdev that stands on others may be asked for before these are there: SPDK's own saved configurations make what stands on a bdev before the
+bdev itself. It is expected then, and made as soon as the last of them has come.
+"""
 
 from __future__ import annotations
 
 import errno
 import itertools
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 import attrs
+import msgspec
 import trio
 
 from ublk_trio.backends import Backend
 from ublk_trio.backends.stacked import Stacked
 from ublk_trio.bdev import Bdev, Descriptor, Registry, open_registry
-from ublk_trio.errors import BackendError
+from ublk_trio.errors import BackendError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
 from ublk_trio.service.disks import Attend, Disks, leave_alone, open_disks
+
+logger = logging.getLogger("ublk_trio.service")
 
 
 @attrs.frozen(kw_only=True)
@@ -44,6 +52,16 @@ class Made:
     afterwards: Callable[[], list[Call]] = list
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class Expected:
+    """A bdev that is made when all that it stands on is there."""
+
+    #: What asked for it.
+    call: Call
+    bases: Sequence[str]
+    make: Callable[[], Awaitable[None]]
+
+
 class Service:
     """Made by `open_service`, never directly."""
 
@@ -53,6 +71,8 @@ class Service:
         self.disks = disks
         #: For what goes on after the call that asked for it. Tasks end with the bdevs that they work for, and raise nothing.
         self.tasks = tasks
+        #: By the names that they will have.
+        self.expected: dict[str, Expected] = {}
         self._made: WeakKeyDictionary[Bdev, Made] = WeakKeyDictionary()
 
     async def make(
@@ -65,10 +85,47 @@ class Service:
         uuid: UUID | None = None,
         bases: Sequence[Descriptor] = (),
     ) -> Bdev:
-        """Add a bdev to the registry; see `Registry.add`."""
+        """Add a bdev to the registry, and then those that were expected on it; see `Registry.add`."""
+        self._check_not_expected(name)
         bdev = await self.registry.add(name, backend, product_name=product_name, uuid=uuid, bases=bases)
         self._made[bdev] = made
+        for waiting in list(self.expected):
+            # One of them may have made another by now.
+            if waiting in self.expected and not self.missing(self.expected[waiting].bases):
+                await self._make_expected(waiting)
         return bdev
+
+    async def make_on(self, name: str, call: Call, bases: Sequence[str], make: Callable[[], Awaitable[None]]) -> None:
+        """Make a bdev that stands on others: now, or as soon as they are there. ``make`` comes down to `make`.
+
+        Raises `BackendError` (EEXIST), and what ``make`` raises now; what it raises later is logged.
+        """
+        missing = self.missing(bases)
+        if not missing:
+            await make()
+            return
+        self._check_not_expected(name)
+        if name in self.registry.names():
+            raise BackendError(errno.EEXIST, f"there is a bdev {name!r} already: choose another name")
+        self.expected[name] = Expected(call=call, bases=tuple(bases), make=make)
+        logger.warning("bdev %s is made as soon as there is %s", name, " and ".join(missing))
+
+    async def _make_expected(self, name: str) -> None:
+        expected = self.expected.pop(name)
+        try:
+            await expected.make()
+        except (OSError, UsageError) as error:
+            logger.warning("bdev %s, which was expected, is not made: %s", name, error)
+
+    def missing(self, bases: Sequence[str]) -> list[str]:
+        """Those that there is no bdev of."""
+        there = {name for bdev in self.registry for name in (bdev.name, str(bdev.uuid))}
+        return [base for base in bases if base not in there and base.lower() not in there]
+
+    def _check_not_expected(self, name: str) -> None:
+        if name in self.expected:
+            missing = " and ".join(self.missing(self.expected[name].bases))
+            raise BackendError(errno.EEXIST, f"bdev {name!r} waits for {missing} already: choose another name")
 
     def made(self, bdev: Bdev) -> Made:
         """How it was made."""
@@ -83,18 +140,25 @@ class Service:
         return bdev
 
     async def delete(self, name: str, method: str) -> bool:
-        """Remove the bdev of that name, made by that method; return true when it is gone. Raises `BackendError`."""
+        """Remove the bdev of that name, made by that method; return true when it is gone. Raises `BackendError`.
+
+        One that is expected is expected no more.
+        """
+        expected = self.expected.get(name)
+        if expected is not None and expected.call.method == method:
+            del self.expected[name]
+            return True
         self.find(name, method)
         await self.registry.remove(name)
         return True
 
     def free_name(self, prefix: str) -> str:
         """A name that no bdev has: the prefix with the first number that is free."""
-        taken = self.registry.names()
+        taken = self.registry.names() | self.expected.keys()
         return next(name for number in itertools.count() if (name := f"{prefix}{number}") not in taken)
 
     def calls(self) -> list[Call]:
-        """The calls that make all bdevs again, in an order in which each finds what it stands on."""
+        """The calls that make all bdevs again, in an order in which each finds what it stands on, if that is there."""
         calls: dict[Bdev, Call] = {}
 
         def add(bdev: Bdev) -> None:
@@ -109,7 +173,17 @@ class Service:
         for bdev in self.registry:
             if bdev not in calls:
                 add(bdev)
-        return [*calls.values(), *(call for bdev in calls for call in self._made[bdev].afterwards())]
+        return [
+            *calls.values(),
+            *(expected.call for expected in self.expected.values()),
+            *(call for bdev in calls for call in self._made[bdev].afterwards()),
+        ]
+
+
+def call_of(method: str, params: msgspec.Struct) -> Call:
+    """A call as it was made, for a saved configuration; what was left out, or given as null, is left out."""
+    given = msgspec.to_builtins(params)
+    return Call(method=method, params={key: value for key, value in given.items() if value is not None})
 
 
 @asynccontextmanager
