@@ -262,8 +262,9 @@ def test_rpc_methods() -> None:
 def test_service_methods() -> None:
     """Every method of the disk service is listed with exactly its parameters, those that are required in bold."""
     documented = {
-        code(row[0])[0]: {name: bool(bold) for bold, name in re.findall(r"(\*\*)?`(\w+)`", row[1])}
+        method: {name: bool(bold) for bold, name in re.findall(r"(\*\*)?`(\w+)`", row[1])}
         for row in table_after(section(RPC, "## Methods of the disk service"), "method")
+        for method in code(row[0])
     }
     assert documented == {
         method.name: {field.name: field.required for field in msgspec.structs.fields(method.params)}

@@ -103,7 +103,7 @@ async def test_mistakes_in_toml(tmp_path: Path, replace: str, by: str, line: int
     path = write(tmp_path, GOOD.replace(replace, by, 1))
     with pytest.raises(UsageError) as raised:
         async with open_service(SimKernel()) as service:
-            await apply_config(dispatcher_of(service), read_config(path))
+            await apply_config(dispatcher_of(service), service, read_config(path))
     text = str(raised.value)
     assert says in text
     assert len(text.splitlines()) == 1
@@ -136,7 +136,7 @@ async def test_mistakes_in_json(tmp_path: Path, document: Any, place: str, says:
     path = write(tmp_path, document if isinstance(document, str) else json.dumps(document), "saved.json")
     with pytest.raises(UsageError) as raised:
         async with open_service(SimKernel()) as service:
-            await apply_config(dispatcher_of(service), read_config(path))
+            await apply_config(dispatcher_of(service), service, read_config(path))
     text = str(raised.value)
     assert text.startswith(path)
     assert place in text
@@ -179,10 +179,10 @@ async def test_half_way(tmp_path: Path) -> None:
     kernel = SimKernel()
     with pytest.raises(UsageError, match="already"):
         async with open_service(kernel) as service:
-            await apply_config(dispatcher_of(service), read_config(path))
+            await apply_config(dispatcher_of(service), service, read_config(path))
     assert not kernel.leftovers()
     async with open_service(kernel) as service:
-        failures = await apply_config(dispatcher_of(service), read_config(path), keep_going=True)
+        failures = await apply_config(dispatcher_of(service), service, read_config(path), keep_going=True)
         assert [disk.ublk_id for disk in service.disks] == [3]
     assert ["already" in str(failures[0]), "no bdev 'n0'" in str(failures[-1])] == [True, True]
 
@@ -224,7 +224,7 @@ def test_what_is_saved_makes_the_same_again(bdevs: Any, disks: Any, tmp_path_fac
             saved = json.dumps(save(first))
         path = write(tmp_path_factory.mktemp("config"), saved, "saved.json")
         async with open_service(SimKernel()) as second:
-            await apply_config(dispatcher_of(second), read_config(path))
+            await apply_config(dispatcher_of(second), second, read_config(path))
             assert json.dumps(save(second)) == saved
 
     trio.run(run)

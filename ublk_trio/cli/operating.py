@@ -70,7 +70,7 @@ class Operation:
         kill = functools.partial(os.kill, os.getpid())
         dispatcher.register(FRAMEWORK_METHODS, Framework(dispatcher=dispatcher, kill=kill))
         async with open_plain_nursery() as nursery:
-            failures = await apply_config(dispatcher, self.entries, keep_going=self.keep_going)
+            failures = await apply_config(dispatcher, service, self.entries, keep_going=self.keep_going)
             for failure in failures:
                 print(f"ublk-trio: {failure}", file=sys.stderr)
             if self.rpc_socket is not None:

@@ -1,7 +1,7 @@
 """JSON-RPC 2.0 over a Unix socket, as SPDK's programs have it: the wire, without the methods of disks."""
 
 from ublk_trio.rpc.client import DEFAULT_PATH, call
-from ublk_trio.rpc.dispatcher import ANY_STATE, Dispatcher, Method, NoParams, State
+from ublk_trio.rpc.dispatcher import ANY_STATE, AnyParams, Dispatcher, Method, NoParams, State
 from ublk_trio.rpc.errors import ErrorCode, NoServerError, RpcError
 from ublk_trio.rpc.framework import FRAMEWORK_METHODS, Framework
 from ublk_trio.rpc.limits import Limits
@@ -11,6 +11,7 @@ __all__ = [
     "ANY_STATE",
     "DEFAULT_PATH",
     "FRAMEWORK_METHODS",
+    "AnyParams",
     "Dispatcher",
     "ErrorCode",
     "Framework",

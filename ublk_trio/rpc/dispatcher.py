@@ -39,6 +39,10 @@ class NoParams(msgspec.Struct, forbid_unknown_fields=True):
     """What a method takes that takes nothing."""
 
 
+class AnyParams(msgspec.Struct):
+    """What a method takes that looks at nothing: whatever it is given."""
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class Method(Generic[S, P]):
     """One method. `function` gets the registered service and the checked parameters; what it returns is the result.
@@ -49,7 +53,7 @@ class Method(Generic[S, P]):
     """
 
     name: str
-    #: Its fields are the parameters, by their names on the wire. It must forbid unknown ones.
+    #: Its fields are the parameters, by their names on the wire. It must forbid unknown ones, unless it is `AnyParams`.
     params: type[P]
     function: Callable[[S, P], Awaitable[object]]
     #: Deprecated names, which still work.
@@ -59,7 +63,8 @@ class Method(Generic[S, P]):
     ends_with_client: bool = False
 
     def __attrs_post_init__(self) -> None:
-        assert self.params.__struct_config__.forbid_unknown_fields, f"{self.name}: a misspelt parameter must not pass"
+        strict = self.params.__struct_config__.forbid_unknown_fields
+        assert strict or self.params is AnyParams, f"{self.name}: a misspelt parameter must not pass"
 
 
 class Dispatcher:

@@ -18,7 +18,8 @@ depth = 128
 ```
 
 Bdevs are made in the order in which they stand, then the target, then the disks. Of a JSON file, subsystems that are not ours are
-left out with a warning: a file of SPDK's has many.
+left out with a warning: a file of SPDK's has many. Within ours, what only tunes SPDK is passed over with a warning, and what makes something
+that cannot be had here is an error.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ import attrs
 
 from ublk_trio.backends import parse_size
 from ublk_trio.errors import UblkError, UsageError, errno_text
-from ublk_trio.rpc import Dispatcher, RpcError
+from ublk_trio.rpc import Dispatcher, ErrorCode, RpcError
 from ublk_trio.service.methods_config import SUBSYSTEMS
-from ublk_trio.service.service import Call
+from ublk_trio.service.methods_setup import TUNING
+from ublk_trio.service.service import Call, Service
 
 logger = logging.getLogger("ublk_trio.service")
 
@@ -53,6 +55,7 @@ _DISK_KEYS: Final = {
     "mode": "mode",
     "read_only": "read_only",
 }
+_ONLY_TUNE: Final = TUNING.keys() | {"iobuf_set_options"}
 _HEADER: Final = re.compile(r"\s*\[\[?\s*([A-Za-z]+)\s*\]\]?\s*(?:#.*)?")
 #: The parameter that the text of an error begins with.
 _FIELD: Final = re.compile(r"params\.([A-Za-z_]+)")
@@ -71,6 +74,8 @@ class Entry:
     def blame(self, error: UblkError | OSError) -> UsageError:
         """The error, with the place in the file."""
         text = error.message if isinstance(error, RpcError) else str(error)
+        if isinstance(error, RpcError) and error.code == ErrorCode.METHOD_NOT_FOUND:
+            text += "; what it makes cannot be had here: take it out, or carry on without it (--keep-going)"
         field = _FIELD.match(text)
         where = self.lines.get(field.group(1), self.where) if field is not None else self.where
         return UsageError(f"{where}: {self.call.method}: {text}")
@@ -93,9 +98,15 @@ def read_config(path: str | os.PathLike[str]) -> list[Entry]:
     return list(_read_toml(name, text) if name.endswith(".toml") else _read_json(name, text))
 
 
-async def apply_config(dispatcher: Dispatcher, entries: list[Entry], *, keep_going: bool = False) -> list[UsageError]:
-    """Make the calls, in order. Returns what failed, with ``keep_going``; without, raises it at once."""
+async def apply_config(
+    dispatcher: Dispatcher, service: Service, entries: list[Entry], *, keep_going: bool = False
+) -> list[UsageError]:
+    """Make the calls, in order; a bdev that is still expected then is a failure.
+
+    Returns what failed, with ``keep_going``; without, raises it at once.
+    """
     failures = []
+    expecting: dict[str, Entry] = {}
     for entry in entries:
         try:
             await dispatcher.call(entry.call.method, dict(entry.call.params))
@@ -104,6 +115,13 @@ async def apply_config(dispatcher: Dispatcher, entries: list[Entry], *, keep_goi
             if not keep_going:
                 raise failure from error
             failures.append(failure)
+        for name in service.expected:
+            expecting.setdefault(name, entry)
+    for name, expected in service.expected.items():
+        missing = " and ".join(service.missing(expected.bases))
+        failures.append(expecting[name].blame(UsageError(f"bdev {name} waits for {missing}, which nothing makes")))
+    if failures and not keep_going:
+        raise failures[0]
     return failures
 
 
@@ -124,15 +142,30 @@ def _read_json(name: str, text: str) -> Iterator[Entry]:
             raise UsageError(f'{place}: not an object with a "subsystem"')
         calls = subsystem.get("config")
         if subsystem["subsystem"] not in SUBSYSTEMS:
-            if calls:
-                logger.warning("%s: subsystem %s is not one of ours, and is left out", place, subsystem["subsystem"])
+            _warn_of_foreign(place, subsystem["subsystem"], calls)
             continue
         if calls is None:
             continue
         if not isinstance(calls, list):
             raise UsageError(f"{place}.config: not a list")
         for index, call in enumerate(calls):
-            yield _json_call(f"{place}.config[{index}]", call)
+            where = f"{place}.config[{index}]"
+            if isinstance(call, list):
+                # A batch, as newer releases of SPDK can save it.
+                for number, each in enumerate(call):
+                    yield _json_call(f"{where}[{number}]", each)
+            else:
+                yield _json_call(where, call)
+
+
+def _warn_of_foreign(place: str, subsystem: str, calls: Any) -> None:
+    """One line, if there is anything in it: which of its calls make something, and do not here."""
+    if not calls:
+        return
+    methods = [call.get("method") for call in calls if isinstance(call, dict)] if isinstance(calls, list) else []
+    making = sorted({method for method in methods if isinstance(method, str) and method not in _ONLY_TUNE})
+    made = f", with what these make: {', '.join(making)}" if making else ""
+    logger.warning("%s: subsystem %s is not one of ours, and is left out%s", place, subsystem, made)
 
 
 def _json_call(where: str, call: Any) -> Entry:

@@ -1,11 +1,12 @@
 """The methods of bdevs that stand on nothing else: malloc (memory), null, aio (a file or another block device).
 
-Metadata, protection information and NUMA nodes are not offered: a request for them is an error that says so, since a ublk
-disk could not show them.
+Metadata and protection information are not offered: a request for them is an error that says so, since a ublk disk could not show
+them. What would only make SPDK's bdev faster, and is in its saved files, is passed over with a warning.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated, Any, Final
 from uuid import UUID
 
@@ -17,7 +18,10 @@ from ublk_trio.errors import UsageError
 from ublk_trio.rpc import Method
 from ublk_trio.service.service import Made, Service
 
+logger = logging.getLogger("ublk_trio.service")
+
 Positive = Annotated[int, Meta(ge=1)]
+Blocks = Annotated[int, Meta(ge=0)]
 Zero = Annotated[int, Meta(ge=0, le=0)]
 _MIB: Final = 1 << 20
 
@@ -38,9 +42,11 @@ class MallocCreate(_Sized, kw_only=True):
 
     name: str | None = None
     #: Blocks; requests should not cross a multiple of it.
-    optimal_io_boundary: Annotated[int, Meta(ge=0)] = 0
+    optimal_io_boundary: Blocks = 0
     md_interleave: bool = False
     dif_is_head_of_md: bool = False
+    #: Whose memory; -1 is any.
+    numa_id: int = -1
 
 
 class NullCreate(_Sized, kw_only=True):
@@ -48,6 +54,14 @@ class NullCreate(_Sized, kw_only=True):
 
     name: str
     dif_is_head_of_md: bool = False
+    preferred_write_granularity: Blocks = 0
+    preferred_write_alignment: Blocks = 0
+    optimal_write_size: Blocks = 0
+    preferred_unmap_granularity: Blocks = 0
+    preferred_unmap_alignment: Blocks = 0
+
+
+_HINTS: Final = tuple(name for name in NullCreate.__struct_fields__ if name.startswith(("preferred_", "optimal_")))
 
 
 class Resize(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -66,7 +80,7 @@ class AioCreate(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     readonly: bool = False
     fallocate: bool = False
     uuid: UUID | None = None
-    #: SPDK's client says it always, and only false is possible here: a thread may wait.
+    #: Requests wait in threads, whatever it says.
     nowait: bool = False
 
 
@@ -95,6 +109,8 @@ async def malloc_create(service: Service, params: MallocCreate) -> str:
         raise UsageError(
             "params.md_interleave and params.dif_is_head_of_md: only false is possible: there is no metadata"
         )
+    if params.numa_id != -1:
+        _pass_over("bdev_malloc_create", "numa_id")
     backend = Memory(params.num_blocks * params.block_size, block_size=params.block_size)
     _set_physical(backend, params.physical_block_size)
     if params.optimal_io_boundary:
@@ -113,6 +129,9 @@ async def null_create(service: Service, params: NullCreate) -> str:
     """Make a disk that keeps nothing."""
     if params.dif_is_head_of_md:
         raise UsageError("params.dif_is_head_of_md: only false is possible: there is no metadata")
+    for name in _HINTS:
+        if getattr(params, name):
+            _pass_over("bdev_null_create", name)
     backend = Null(params.num_blocks * params.block_size, block_size=params.block_size)
     _set_physical(backend, params.physical_block_size)
     made = Made(method="bdev_null_create", params=lambda: _sized(backend), specific=dict)
@@ -141,7 +160,7 @@ async def _resize(service: Service, params: Resize, method: str) -> bool:
 async def aio_create(service: Service, params: AioCreate) -> str:
     """Open a file or a block device."""
     if params.nowait:
-        raise UsageError("params.nowait: only false is possible: requests wait in threads")
+        _pass_over("bdev_aio_create", "nowait")
     backend = _Aio(params)
     shown = {"filename": params.filename, "readonly": params.readonly, "fallocate": params.fallocate}
     asked = {} if params.block_size is None else {"block_size": params.block_size}
@@ -178,6 +197,10 @@ async def null_delete(service: Service, params: Named) -> bool:
 async def aio_delete(service: Service, params: Named) -> bool:
     """Remove it; answered when it is gone."""
     return await service.delete(params.name, "bdev_aio_create")
+
+
+def _pass_over(method: str, name: str) -> None:
+    logger.warning("%s: %s is passed over: it changes nothing here", method, name)
 
 
 def _set_physical(backend: Backend, physical: int | None) -> None:

@@ -133,6 +133,8 @@ def _check_strips(params: RaidCreate) -> None:
     match params.raid_level:
         case "raid0" | "0" if not params.strip_size_kb:
             raise UsageError("params.strip_size_kb: raid0 needs one, for example 64")
+        case "raid0" | "0" if params.strip_size_kb.bit_count() != 1:
+            raise UsageError(f"params.strip_size_kb: {params.strip_size_kb} is no power of two: use for example 64")
         case "raid1" | "1" if params.strip_size_kb:
             raise UsageError("params.strip_size_kb: raid1 has no strips: leave it out")
 

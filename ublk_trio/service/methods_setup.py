@@ -1,25 +1,51 @@
 """The methods of SPDK's set-up: pools of buffers, their sizes, and the examination of bdevs.
 
-Every saved configuration of SPDK's sets options of its own memory and threads. They are taken here, so that such a file can be loaded, and
-have no meaning: buffers belong to the queues of disks, and no bdev is found on another one by examining it.
+Every saved configuration of SPDK's sets options of its own memory and threads, and of much that is not here. What only tunes is taken, so
+that such a file can be loaded, and passed over with a warning. What makes something is not: a file that needs it cannot be had here.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import Annotated, Any, Final
 
 import msgspec
 from msgspec import Meta
 
-from ublk_trio.rpc import Method, NoParams
+from ublk_trio.rpc import AnyParams, Method, NoParams
 from ublk_trio.service.methods_plain import Named
 from ublk_trio.service.service import Service
 
 logger = logging.getLogger("ublk_trio.service")
 
 Count = Annotated[int, Meta(ge=0)]
+
+#: Methods that only tune something, and what it is: there is none of it here.
+TUNING: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "accel_assign_opc": "accelerator",
+        "accel_set_driver": "accelerator",
+        "accel_set_options": "accelerator",
+        "bdev_enable_histogram": "histogram of latencies",
+        "bdev_iscsi_set_options": "iSCSI bdev",
+        "bdev_nvme_set_hotplug": "NVMe bdev",
+        "bdev_nvme_set_options": "NVMe bdev",
+        "bdev_raid_set_options": "choice of how a rebuild copies",
+        "framework_set_scheduler": "scheduler of threads",
+        "fsdev_set_opts": "file system device",
+        "iscsi_enable_histogram": "iSCSI target",
+        "iscsi_set_options": "iSCSI target",
+        "keyring_linux_set_options": "keyring",
+        "nvmf_set_config": "NVMe-oF target",
+        "nvmf_set_crdt": "NVMe-oF target",
+        "nvmf_set_max_subsystems": "NVMe-oF target",
+        "sock_impl_set_options": "socket of a storage protocol",
+        "sock_set_default_impl": "socket of a storage protocol",
+        "vmd_enable": "VMD device",
+    }
+)
 
 
 class BdevSetOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -44,18 +70,24 @@ class IobufSetOptions(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 async def bdev_set_options(service: Service, params: BdevSetOptions) -> bool:
     """Nothing but a line in the log."""
-    return _pass_over("bdev_set_options", params)
+    return _pass_over("bdev_set_options", "pool of requests")
 
 
 async def iobuf_set_options(service: Service, params: IobufSetOptions) -> bool:
     """Nothing but a line in the log."""
-    return _pass_over("iobuf_set_options", params)
+    return _pass_over("iobuf_set_options", "pool of buffers that all share")
 
 
-def _pass_over(method: str, params: msgspec.Struct) -> bool:
-    given = ", ".join(name for name, value in msgspec.structs.asdict(params).items() if value is not None)
-    logger.info("%s: %s: these have no meaning here", method, given or "no options")
+def _pass_over(method: str, what: str) -> bool:
+    logger.warning("%s is passed over: there is no %s here", method, what)
     return True
+
+
+def _tuning_method(name: str, what: str) -> Method[Service, AnyParams]:
+    async def pass_over(service: Service, params: AnyParams) -> bool:
+        return _pass_over(name, what)
+
+    return Method(name=name, params=AnyParams, function=pass_over)
 
 
 async def bdev_examine(service: Service, params: Named) -> bool:
@@ -100,4 +132,5 @@ SETUP_METHODS: Final[tuple[Method[Service, Any], ...]] = (
     Method(name="bdev_wait_for_examine", params=NoParams, function=bdev_wait_for_examine),
     Method(name="iobuf_set_options", params=IobufSetOptions, function=iobuf_set_options),
     Method(name="iobuf_get_stats", params=NoParams, function=iobuf_get_stats),
+    *(_tuning_method(name, what) for name, what in TUNING.items()),
 )
