@@ -16,7 +16,7 @@ import trio.testing
 from hypothesis import settings
 
 from tests.backends.raid_members import SECTOR, Member, Part
-from ublk_trio import DeviceOptions, File, Memory, SimKernel, UsageError, open_target
+from ublk_trio import DeviceOptions, File, Memory, SimKernel, StuckError, UsageError, open_target
 from ublk_trio.backends import MemberState, Raid1, capabilities, check_geometry, raid1
 from ublk_trio.kernel_sim import SeededChoices
 from ublk_trio.testing import Storage, run_against
@@ -349,6 +349,70 @@ async def test_removing_waits_for_requests() -> None:
             await disk.rebuild(first)
         first.gate.set()
     assert first.closed == 1
+
+
+async def check_hung(request: str) -> None:
+    first, second = members_of()
+    first.gate = trio.Event()
+    async with mirror(first, second) as disk, trio.open_nursery() as nursery:
+        answered = trio.Event()
+
+        async def ask() -> None:
+            match request:
+                case "write":
+                    await write(disk)
+                case "read":
+                    await read(disk)
+                case _:
+                    await disk.flush()
+            answered.set()
+
+        nursery.start_soon(ask)
+        await trio.testing.wait_all_tasks_blocked()
+        begin = trio.current_time()
+        await disk.remove(first)
+        assert trio.current_time() - begin == pytest.approx(raid1.REMOVE_SECONDS)
+        assert (first.closed, states(disk)) == (1, [IN_SYNC])
+        await trio.testing.wait_all_tasks_blocked()
+        assert answered.is_set()
+        await write(disk, SECTOR, b"y")
+        assert second.content[: 2 * SECTOR] == (b"x" if request == "write" else b"\0") * SECTOR + b"y" * SECTOR
+
+
+@pytest.mark.parametrize("request_", ["write", "read", "flush"])
+async def test_a_member_that_hangs_can_be_removed(request_: str, autojump_clock: trio.testing.MockClock) -> None:
+    """After its time it is cut off and closed; what waited for it is answered by the other, and the disk goes on."""
+    await check_hung(request_)
+
+
+async def test_a_removal_that_does_not_cut_off_is_noticed(autojump_clock: trio.testing.MockClock) -> None:
+    """A planted bug."""
+    stuck = pytest.RaisesGroup(StuckError, flatten_subgroups=True)
+    with mock.patch.object(raid1._Member, "cut_off"), stuck, trio.fail_after(100):
+        await check_hung("write")
+
+
+async def test_a_member_that_does_not_end(autojump_clock: trio.testing.MockClock) -> None:
+    """A backend that cannot be cut off is out, and said to be stuck after twice the time; when it has ended it can be removed."""
+
+    class Stubborn(Member):
+        async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+            with trio.CancelScope(shield=True):
+                await super().write(offset, data, fua=fua)
+
+    first, second = Stubborn(SIZE, name="m0"), Member(SIZE, name="m1")
+    first.gate = trio.Event()
+    async with mirror(first, second) as disk, trio.open_nursery() as nursery:
+        nursery.start_soon(write, disk)
+        await trio.testing.wait_all_tasks_blocked()
+        begin = trio.current_time()
+        with pytest.raises(StuckError, match="m0 is out, but does not end its 1 requests"):
+            await disk.remove(first)
+        assert trio.current_time() - begin == pytest.approx(2 * raid1.REMOVE_SECONDS)
+        assert (first.closed, states(disk)) == (0, [FAILED, IN_SYNC])
+        first.gate.set()
+        await disk.remove(first)
+        assert (first.closed, states(disk)) == (1, [IN_SYNC])
 
 
 async def test_what_does_not_fit() -> None:

@@ -197,6 +197,28 @@ async def test_the_places_of_a_degraded_mirror_are_saved() -> None:
         assert save(again.service)["subsystems"][0]["config"] == saved
 
 
+@pytest.mark.parametrize("how", ["removed", "deleted"])
+async def test_a_member_that_hangs_holds_up_nobody(how: str, autojump_clock: trio.testing.MockClock) -> None:
+    """Removed by call, or with its bdev, it is gone after a bounded time; the write that waited for it is answered."""
+    async with open_bench() as bench, trio.open_nursery() as nursery:
+        await bench.malloc("a", "b")
+        await bench.call("bdev_error_create", base_name="b")
+        await bench.call("bdev_raid_create", name="r", raid_level="raid1", base_bdevs=["a", "EE_b"])
+        disk = await bench.start("r")
+        await bench.call("bdev_error_inject_error", name="EE_b", io_type="write", error_type="pending", num=1)
+        nursery.start_soon(disk.write, 4096, DATA)
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.fail_after(60):
+            if how == "removed":
+                assert await bench.call("bdev_raid_remove_base_bdev", name="EE_b") is True
+                assert (await bench.bdev("EE_b"))["claimed"] is False
+            else:
+                assert await bench.call("bdev_error_delete", name="EE_b") is True
+                assert await bench.names() == ["a", "b", "r"]
+            assert await disk.read(4096, len(DATA)) == DATA
+        assert members(await raid(bench)) == [("a", True), (None, False)]
+
+
 async def test_a_member_that_fails_can_come_back() -> None:
     """What it failed, the others did; it shows as out until it is added again."""
     async with open_bench() as bench:

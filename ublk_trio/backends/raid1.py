@@ -47,7 +47,7 @@ from ublk_trio.backends.base import Backend, capabilities
 from ublk_trio.backends.range_lock import RangeLock
 from ublk_trio.backends.stacked import Base, Stacked
 from ublk_trio.backends.together import run_together
-from ublk_trio.errors import UsageError, errno_name, errno_text
+from ublk_trio.errors import StuckError, UsageError, errno_name, errno_text
 
 logger = logging.getLogger("ublk_trio.backend")
 
@@ -55,6 +55,8 @@ logger = logging.getLogger("ublk_trio.backend")
 WINDOW_BYTES: Final = 1 << 20
 #: Seconds until a member that had no resources is asked again.
 NO_MEMORY_SECONDS: Final = 0.001
+#: Seconds that a member which is removed has for the requests that it still has; then they are cut off, and have as long again to end.
+REMOVE_SECONDS: Final = 10.0
 
 
 class MemberState(Enum):
@@ -107,6 +109,8 @@ class _Member:
     next_offset: int = 0
     users: int = 0
     idle: trio.lowlevel.ParkingLot = attrs.Factory(trio.lowlevel.ParkingLot)
+    #: Around each call of its backend.
+    calls: set[trio.CancelScope] = attrs.Factory(set)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
@@ -124,6 +128,23 @@ class _Member:
         self.users -= 1
         if not self.users:
             self.idle.unpark_all()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a call of its backend. Raises `OSError` (ENODEV) when the call was cut off."""
+        with trio.CancelScope() as scope:
+            self.calls.add(scope)
+            try:
+                yield
+            finally:
+                self.calls.discard(scope)
+        if scope.cancelled_caught:
+            raise OSError(errno.ENODEV, f"{self} was removed while it had not answered")
+
+    def cut_off(self) -> None:
+        """End the calls that it has not answered."""
+        for scope in list(self.calls):
+            scope.cancel()
 
     async def wait_unused(self) -> None:
         while self.users:
@@ -260,8 +281,10 @@ class Raid1(Stacked):
     async def remove(self, backend: Backend) -> None:
         """Takes a member out, in whatever state it is; returns when it is closed and forgotten.
 
-        Waits for the requests that it still has, and ends its rebuild. Cancelled meanwhile, it is out but still a
-        member. Raises `UsageError` for what is no member, and for the last one in sync.
+        Ends its rebuild, and waits for the requests that it still has. Those that it has not answered after
+        `REMOVE_SECONDS` are cut off: other members serve them, so a backend that hangs does not hold up the disk.
+        Cancelled meanwhile, it is out but still a member. Raises `UsageError` for what is no member, and for the last one
+        in sync; and `StuckError` when its backend does not end what was cut off: then too it is out but still a member.
         """
         member = self._find(backend)
         if member is None:
@@ -273,7 +296,7 @@ class Raid1(Stacked):
         self._take_out(member, OSError(errno.ENODEV, "removed"), asked_for=True)
         member.is_leaving = True
         try:
-            await member.wait_unused()
+            await self._wait_unused(member)
         finally:
             member.is_leaving = False
         if self._is_open:  # else it is closed with the disk, and forgotten when that is opened again
@@ -281,6 +304,16 @@ class Raid1(Stacked):
             self.bases = tuple(base for base in self.bases if base is not member.base)
             with trio.CancelScope(shield=True):
                 await member.base.aclose()
+
+    async def _wait_unused(self, member: _Member) -> None:
+        with trio.move_on_after(REMOVE_SECONDS):
+            await member.wait_unused()
+            return
+        member.cut_off()
+        with trio.move_on_after(REMOVE_SECONDS):
+            await member.wait_unused()
+            return
+        raise StuckError(f"{self}: {member} is out, but does not end its {member.users} requests: remove it later")
 
     def _find(self, backend: Backend) -> _Member | None:
         return next((member for member in self._members if member.given is backend), None)
@@ -330,7 +363,8 @@ class Raid1(Stacked):
             member.reads_in_flight += 1
             member.next_offset = offset + len(buffer)
             try:
-                await member.base.read(offset, buffer)
+                with member.call():
+                    await member.base.read(offset, buffer)
             finally:
                 member.reads_in_flight -= 1
 
@@ -383,7 +417,8 @@ class Raid1(Stacked):
             try:
                 while True:
                     try:
-                        await call(member.base)
+                        with member.call():
+                            await call(member.base)
                         failures.pop(member, None)
                         return
                     except Exception as failure:

@@ -22,7 +22,7 @@ from msgspec import Meta
 from ublk_trio.backends import Concat, MemberState, Raid0, Raid1
 from ublk_trio.backends.stacked import Stacked
 from ublk_trio.bdev import Bdev, Descriptor
-from ublk_trio.errors import BackendError, UsageError
+from ublk_trio.errors import BackendError, StuckError, UsageError
 from ublk_trio.rpc import Method
 from ublk_trio.service.service import Call, Made, Service, call_of
 
@@ -237,8 +237,14 @@ def _look_after(service: Service, bdev: Bdev, mirror: _Mirror, member: Descripto
             mirror.give_up()
             return
         logger.warning("bdev %s goes on without %s, which is being removed", bdev.name, member.bdev.name)
-        with suppress(UsageError):  # a call removes it already
-            await mirror.dismiss(member)
+        while True:
+            try:
+                with suppress(UsageError):  # a call removes it already
+                    await mirror.dismiss(member)
+                return
+            except StuckError as error:
+                # The bdev is not gone before.
+                logger.warning("%s", error)
 
     def begin() -> None:
         if not bdev.removing:
