@@ -46,9 +46,11 @@ class Bench:
 
 
 @asynccontextmanager
-async def open_bench(*, kernel: SimKernel | None = None, target: bool = True) -> AsyncIterator[Bench]:
+async def open_bench(
+    *, kernel: SimKernel | None = None, target: bool = True, unprivileged: bool = False
+) -> AsyncIterator[Bench]:
     kernel = kernel or SimKernel(paranoid=True)
-    async with open_service(kernel) as service:
+    async with open_service(kernel, unprivileged=unprivileged) as service:
         dispatcher = Dispatcher()
         dispatcher.register(METHODS, service)
         bench = Bench(kernel, service, dispatcher)

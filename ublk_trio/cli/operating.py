@@ -37,6 +37,8 @@ class Operation:
     #: Carry on when a call of the configuration fails.
     keep_going: bool
     rpc_socket: str | None
+    #: Disks are an ordinary user's, if nothing else is said.
+    unprivileged: bool
     #: Run on each simulated disk while it is live.
     workload: Workload | None
     json: bool
@@ -53,7 +55,7 @@ class Operation:
             await nursery.start(wait_for_signal, serving)
             await nursery.start(watch_for_release, release_asked)
             with serving:
-                async with open_service(self.kernel, attend=self._attend) as service:
+                async with open_service(self.kernel, attend=self._attend, unprivileged=self.unprivileged) as service:
                     nursery.start_soon(self._release, service, release_asked, serving)
                     code = await self._operate(service)
             nursery.cancel_scope.cancel()

@@ -81,7 +81,8 @@ async def start(
         what was in flight here fails ("requeue"), is asked again of the next server ("reissue"), or fails together with
         all else until there is one ("fail").
     unprivileged
-        Make disks as an ordinary user; `ublk-trio udev-rule` tells how an administrator lets users do that.
+        Make disks as an ordinary user, by remote calls and configuration too; `ublk-trio udev-rule` tells how an administrator
+        lets users do that.
     grace
         Seconds without progress after which a stop no longer waits for the backend.
     workload
@@ -109,10 +110,11 @@ async def start(
             raise UsageError("--backend is for a fixed set of disks: with --config or --rpc-socket, make them there")
         simulated = kernel == "sim"
         operation = Operation(
-            kernel=SimKernel(choices=SeededChoices(run.seed), paranoid=True) if simulated else RealKernel(),
+            kernel=_simulated_kernel(run.seed, unprivileged=unprivileged) if simulated else RealKernel(),
             entries=[] if config is None else read_config(config),
             keep_going=keep_going,
             rpc_socket=rpc_socket,
+            unprivileged=unprivileged,
             workload=attrs.evolve(run, seconds=seconds or math.inf) if simulated and workload is not None else None,
             json=json,
         )
@@ -145,9 +147,13 @@ async def start(
     return await serve_until_signal(disks, json=json)
 
 
+def _simulated_kernel(seed: int, *, unprivileged: bool) -> SimKernel:
+    """As an ordinary user sees it, where disks are that user's."""
+    return SimKernel(choices=SeededChoices(seed), paranoid=True, privileged=not unprivileged)
+
+
 async def _simulate(disks: list[Disk], workload: Workload, *, json: bool) -> int:
-    unprivileged = any(disk.options.unprivileged for disk in disks)
-    kernel = SimKernel(choices=SeededChoices(workload.seed), paranoid=True, privileged=not unprivileged)
+    kernel = _simulated_kernel(workload.seed, unprivileged=any(disk.options.unprivileged for disk in disks))
     print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
     async with trio.open_nursery() as nursery:
         running = trio.CancelScope()

@@ -54,6 +54,7 @@ _DISK_KEYS: Final = {
     "recovery": "recovery",
     "mode": "mode",
     "read_only": "read_only",
+    "unprivileged": "unprivileged",
 }
 _ONLY_TUNE: Final = TUNING.keys() | {"iobuf_set_options"}
 _HEADER: Final = re.compile(r"\s*\[\[?\s*([A-Za-z]+)\s*\]\]?\s*(?:#.*)?")

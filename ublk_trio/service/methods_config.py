@@ -53,7 +53,9 @@ def _start_call(disk: Any) -> Call:
         "queue_depth": options.depth,
     }
     # What SPDK does not have is left out where it is what SPDK does.
-    if options.recovery is not Recovery.REISSUE:
+    if options.unprivileged:
+        params["unprivileged"] = True
+    elif options.recovery is not Recovery.REISSUE:
         params["recovery"] = options.recovery.value
     if options.mode is not DataMode.COPY:
         params["mode"] = options.mode.value

@@ -1,7 +1,8 @@
 """The methods of the target and its disks: ``ublk_…``.
 
 `ublk_id` may be left out, and the kernel chooses one. `recovery` is ours: what becomes of the disk when this process dies;
-left out, it stays, so that `ublk_recover_disk` can take it over.
+left out, it stays, so that `ublk_recover_disk` can take it over. `unprivileged` is ours too: a disk of an ordinary user's, as whom this
+process runs; it never stays.
 """
 
 from __future__ import annotations
@@ -35,9 +36,12 @@ class StartDisk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     ublk_id: UblkId | None = None
     num_queues: Annotated[int, Meta(ge=1)] = 1
     queue_depth: Annotated[int, Meta(ge=1)] = 128
-    recovery: Recovery = Recovery.REISSUE
+    #: Left out: reissue, or off for an unprivileged disk.
+    recovery: Recovery | None = None
     mode: DataMode = DataMode.COPY
     read_only: bool = False
+    #: Left out: as the service is.
+    unprivileged: bool | None = None
 
 
 class StopDisk(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -74,13 +78,16 @@ async def destroy_target(service: Service, params: NoParams) -> bool:
 
 async def start_disk(service: Service, params: StartDisk) -> int | None:
     """Serve a bdev as a disk; answered with its id when it is live."""
+    unprivileged = service.unprivileged if params.unprivileged is None else params.unprivileged
+    usual = Recovery.OFF if unprivileged else Recovery.REISSUE
     options = DeviceOptions(
         dev_id=params.ublk_id,
         queues=min(params.num_queues, MAX_NR_QUEUES),
         depth=min(params.queue_depth, MAX_QUEUE_DEPTH),
-        recovery=params.recovery,
+        recovery=usual if params.recovery is None else params.recovery,
         mode=params.mode,
         read_only=params.read_only,
+        unprivileged=unprivileged,
     )
     options.check(page_size=mmap.PAGESIZE)
     disk = await service.disks.start_disk(params.bdev_name, options)

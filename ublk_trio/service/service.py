@@ -65,8 +65,12 @@ class Expected:
 class Service:
     """Made by `open_service`, never directly."""
 
-    def __init__(self, kernel: Kernel, registry: Registry, disks: Disks, tasks: trio.Nursery) -> None:
+    def __init__(
+        self, kernel: Kernel, registry: Registry, disks: Disks, tasks: trio.Nursery, *, unprivileged: bool
+    ) -> None:
         self.kernel = kernel
+        #: Whether disks are an ordinary user's if nothing else is said.
+        self.unprivileged = unprivileged
         self.registry = registry
         self.disks = disks
         #: For what goes on after the call that asked for it. Tasks end with the bdevs that they work for, and raise nothing.
@@ -187,11 +191,13 @@ def call_of(method: str, params: msgspec.Struct) -> Call:
 
 
 @asynccontextmanager
-async def open_service(kernel: Kernel, *, attend: Attend = leave_alone) -> AsyncIterator[Service]:
+async def open_service(
+    kernel: Kernel, *, attend: Attend = leave_alone, unprivileged: bool = False
+) -> AsyncIterator[Service]:
     """A service on a kernel. At the end of the block its disks stop, then its bdevs close."""
     async with (
         open_plain_nursery() as tasks,
         open_registry() as registry,
         open_disks(kernel, registry, attend=attend) as disks,
     ):
-        yield Service(kernel, registry, disks, tasks)
+        yield Service(kernel, registry, disks, tasks, unprivileged=unprivileged)
