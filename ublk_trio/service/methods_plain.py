@@ -184,19 +184,13 @@ async def aio_rescan(service: Service, params: Named) -> bool:
     return True
 
 
-async def malloc_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_malloc_create")
+def delete_method(kind: str) -> Method[Service, Named]:
+    """``bdev_KIND_delete``: remove a bdev that ``bdev_KIND_create`` made; answered when it is gone."""
 
+    async def delete(service: Service, params: Named) -> bool:
+        return await service.delete(params.name, f"bdev_{kind}_create")
 
-async def null_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_null_create")
-
-
-async def aio_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_aio_create")
+    return Method(name=f"bdev_{kind}_delete", params=Named, function=delete)
 
 
 def _pass_over(method: str, name: str) -> None:
@@ -219,11 +213,11 @@ def _sized(backend: Backend) -> dict[str, Any]:
 PLAIN_METHODS: Final[tuple[Method[Service, Any], ...]] = (
     Method(name="bdev_malloc_create", params=MallocCreate, function=malloc_create),
     Method(name="bdev_malloc_resize", params=Resize, function=malloc_resize),
-    Method(name="bdev_malloc_delete", params=Named, function=malloc_delete),
+    delete_method("malloc"),
     Method(name="bdev_null_create", params=NullCreate, function=null_create),
     Method(name="bdev_null_resize", params=Resize, function=null_resize),
-    Method(name="bdev_null_delete", params=Named, function=null_delete),
+    delete_method("null"),
     Method(name="bdev_aio_create", params=AioCreate, function=aio_create),
     Method(name="bdev_aio_rescan", params=Named, function=aio_rescan),
-    Method(name="bdev_aio_delete", params=Named, function=aio_delete),
+    delete_method("aio"),
 )

@@ -12,7 +12,7 @@ from msgspec import Meta
 from ublk_trio.backends import Backend, Delay, ErrorInjection, LatencyKind, Passthru
 from ublk_trio.bdev import Descriptor
 from ublk_trio.rpc import Method
-from ublk_trio.service.methods_plain import Named
+from ublk_trio.service.methods_plain import delete_method
 from ublk_trio.service.service import Made, Service, call_of
 
 Microseconds = Annotated[int, Meta(ge=0)]
@@ -133,21 +133,6 @@ async def error_inject(service: Service, params: InjectError) -> bool:
     return True
 
 
-async def passthru_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_passthru_create")
-
-
-async def delay_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_delay_create")
-
-
-async def error_delete(service: Service, params: Named) -> bool:
-    """Remove it; answered when it is gone."""
-    return await service.delete(params.name, "bdev_error_create")
-
-
 async def _stack(
     service: Service,
     asked: PassthruCreate | ErrorCreate,
@@ -178,11 +163,11 @@ async def _stack(
 
 STACKED_METHODS: Final[tuple[Method[Service, Any], ...]] = (
     Method(name="bdev_passthru_create", params=PassthruCreate, function=passthru_create),
-    Method(name="bdev_passthru_delete", params=Named, function=passthru_delete),
+    delete_method("passthru"),
     Method(name="bdev_delay_create", params=DelayCreate, function=delay_create),
     Method(name="bdev_delay_update_latency", params=DelayUpdate, function=delay_update),
-    Method(name="bdev_delay_delete", params=Named, function=delay_delete),
+    delete_method("delay"),
     Method(name="bdev_error_create", params=ErrorCreate, function=error_create),
     Method(name="bdev_error_inject_error", params=InjectError, function=error_inject),
-    Method(name="bdev_error_delete", params=Named, function=error_delete),
+    delete_method("error"),
 )
