@@ -1,4 +1,4 @@
-"""The search for a planted bug by random runs: it is found by an invariant that breaks, and by nothing else.
+"""The search for a planted bug: it is found by an invariant that breaks, and by nothing else.
 
 A run that ends with any other error shows a mistake in the test, or in the bug: such an error is not accepted, but raised.
 """
@@ -6,6 +6,7 @@ A run that ends with any other error shows a mistake in the test, or in the bug:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
@@ -29,6 +30,23 @@ def leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
+def is_broken(error: BaseException) -> bool:
+    """Whether an invariant broke, and nothing else went wrong."""
+    return all(isinstance(leaf, BROKEN) for leaf in leaves(error))
+
+
+@contextmanager
+def broken_invariant() -> Iterator[None]:
+    """Its block must break one."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_broken(error):
+            raise
+    else:
+        pytest.fail("nothing noticed it")
+
+
 def check_noticed(run: Callable[[T], None], cases: st.SearchStrategy[T], *, examples: int) -> None:
     """Fails unless an invariant breaks in one of so many runs. The same runs every time: it is no matter of luck."""
     broken: list[BaseException] = []
@@ -48,7 +66,7 @@ def check_noticed(run: Callable[[T], None], cases: st.SearchStrategy[T], *, exam
         try:
             run(case)
         except BaseException as error:
-            if not all(isinstance(leaf, BROKEN) for leaf in leaves(error)):
+            if not is_broken(error):
                 raise
             broken.append(error)
 

@@ -11,6 +11,7 @@ import pytest
 import trio
 import trio.testing
 
+from tests.search import broken_invariant
 from tests.service.bench import BLOCKS, INVALID, open_bench, refused
 from ublk_trio import SimKernel
 from ublk_trio.bdev import Bdev, Registry
@@ -328,15 +329,15 @@ async def test_planted_bugs_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     """The tests above fail on each of these bugs."""
     with monkeypatch.context() as planted:
         forgets_to_tell_of_a_size(planted)
-        with pytest.raises(BaseException):  # noqa: B017, PT011
+        with broken_invariant():
             await test_a_disk_follows_its_bdev_s_size("malloc", tmp_path)
     with monkeypatch.context() as planted:
         limits_wait_for_the_next_user(planted)
-        with pytest.raises(BaseException):  # noqa: B017, PT011
+        with broken_invariant():
             await test_limits_of_a_live_disk(trio.testing.MockClock())
     with monkeypatch.context() as planted:
         a_base_goes_alone(planted)
-        with pytest.raises(BaseException), trio.fail_after(1):  # noqa: B017, PT011
+        with broken_invariant(), trio.fail_after(1):
             await test_a_stack_goes_with_its_base()
 
 
