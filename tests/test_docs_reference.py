@@ -28,7 +28,7 @@ from ublk_trio.cli.doctor import Finding
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.control import open_control
 from ublk_trio.rpc import FRAMEWORK_METHODS, ErrorCode
-from ublk_trio.rpc import Limits as RpcLimits
+from ublk_trio.rpc import Bounds as RpcBounds
 from ublk_trio.rpc.errors import MESSAGE_CHARACTERS_MAX
 from ublk_trio.service.methods import METHODS
 from ublk_trio.simulation import FAULTS
@@ -246,9 +246,9 @@ def test_rpc_errors() -> None:
 
 
 def test_rpc_bounds() -> None:
-    """Fields and defaults of Limits, as they are."""
+    """Fields and defaults of Bounds, as they are."""
     documented = {code(row[0])[0]: code(row[1])[0] for row in table_after(section(RPC, "## Bounds"), "field")}
-    assert documented == {field.name: repr(field.default) for field in attrs.fields(RpcLimits)}
+    assert documented == {field.name: repr(field.default) for field in attrs.fields(RpcBounds)}
 
 
 def test_rpc_methods() -> None:

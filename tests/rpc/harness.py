@@ -15,7 +15,7 @@ import trio
 import trio.testing
 
 from tests.rpc.fake_table import FAKE_METHODS, Service
-from ublk_trio.rpc import FRAMEWORK_METHODS, Dispatcher, Framework, Limits, RpcServer, State, serve_rpc
+from ublk_trio.rpc import FRAMEWORK_METHODS, Bounds, Dispatcher, Framework, RpcServer, State, serve_rpc
 from ublk_trio.rpc.splitter import Splitter
 
 #: Long enough for everything that a test waits for: virtual seconds, mostly.
@@ -117,7 +117,7 @@ def make_dispatcher(service: Service, signals: list[signal.Signals], *, state: S
 
 @asynccontextmanager
 async def served(
-    *, limits: Limits | None = None, state: State = State.RUNTIME, **options: Any
+    *, bounds: Bounds | None = None, state: State = State.RUNTIME, **options: Any
 ) -> AsyncIterator[Served]:
     """A server for the block; then it is cancelled, and must end by itself."""
     service = Service()
@@ -127,7 +127,7 @@ async def served(
         with trio.move_on_after(SECONDS_MAX) as bound:
             async with trio.open_nursery() as nursery:
                 server = await nursery.start(
-                    lambda task_status: serve_rpc(path, dispatcher, limits=limits, task_status=task_status, **options)
+                    lambda task_status: serve_rpc(path, dispatcher, bounds=bounds, task_status=task_status, **options)
                 )
                 yield Served(path, service, dispatcher, server, nursery, signals)
                 nursery.cancel_scope.cancel()

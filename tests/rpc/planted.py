@@ -287,7 +287,7 @@ def the_clock_begins_anew() -> Iterator[None]:
     receive = Connection._receive
 
     async def patient(self: Connection, deadline: float) -> bytes:
-        return await receive(self, trio.current_time() + self._limits.request_seconds)
+        return await receive(self, trio.current_time() + self._bounds.request_seconds)
 
     with mock.patch.object(Connection, "_receive", patient):
         yield

@@ -14,7 +14,7 @@ import trio.testing
 
 from tests.rpc.fake_table import Service
 from tests.rpc.harness import Client, make_dispatcher, open_files, socket_path
-from ublk_trio.rpc import Limits, RpcServer, serve_rpc
+from ublk_trio.rpc import Bounds, RpcServer, serve_rpc
 
 How = Literal["cancel the server", "drop the client", "drop the client, stop the server"]
 #: The scenario must end within so many steps, or the loop over all of them would not.
@@ -60,10 +60,10 @@ class Scenario:
 
     async def main(self) -> None:
         dispatcher = make_dispatcher(self.service, [])
-        limits = Limits(requests=3, grace_seconds=2, request_seconds=5, answer_seconds=5)
+        bounds = Bounds(requests=3, grace_seconds=2, request_seconds=5, answer_seconds=5)
         with trio.move_on_after(SECONDS_MAX) as bound:
             async with trio.open_nursery() as nursery:
-                await nursery.start(self._serve, dispatcher, limits)
+                await nursery.start(self._serve, dispatcher, bounds)
                 if not self.serving.cancel_called:
                     with self.calling:
                         async with trio.open_nursery() as clients:
@@ -78,12 +78,12 @@ class Scenario:
         assert not bound.cancelled_caught, "nothing hangs"
 
     async def _serve(
-        self, dispatcher: object, limits: Limits, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+        self, dispatcher: object, bounds: Bounds, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
         with self.serving:
             async with trio.open_nursery() as nursery:
                 self.server = await nursery.start(
-                    lambda task_status: serve_rpc(self.path, dispatcher, limits=limits, task_status=task_status)  # type: ignore[arg-type]
+                    lambda task_status: serve_rpc(self.path, dispatcher, bounds=bounds, task_status=task_status)  # type: ignore[arg-type]
                 )
                 task_status.started()
         if self.server is None:

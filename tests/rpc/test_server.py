@@ -16,7 +16,7 @@ import trio
 import trio.testing
 
 from tests.rpc.harness import Served, open_files, served, settle
-from ublk_trio.rpc import Limits, State
+from ublk_trio.rpc import Bounds, State
 from ublk_trio.rpc.connection import Connection
 
 Clock = trio.testing.MockClock
@@ -80,7 +80,7 @@ async def test_answers_are_ascii(autojump_clock: Clock) -> None:
 
 async def test_requests_in_progress_are_bounded(autojump_clock: Clock) -> None:
     """Beyond the bound nothing more is begun, nor read: a client that goes on sending has to wait."""
-    async with served(limits=Limits(requests=3)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(requests=3)) as run, await run.connect() as client:
         for number in range(5):
             await client.ask("hold", {"name": str(number)}, id=number)
         await settle()
@@ -95,7 +95,7 @@ async def test_requests_in_progress_are_bounded(autojump_clock: Clock) -> None:
 
 async def test_connections_are_bounded(autojump_clock: Clock) -> None:
     """Beyond the bound clients wait to be accepted, and are served when another goes."""
-    async with served(limits=Limits(connections=2)) as run:
+    async with served(bounds=Bounds(connections=2)) as run:
         first, second = await run.connect(), await run.connect()
         assert (await first.call("note"))["result"] == 1
         async with second, await run.connect() as third:
@@ -110,7 +110,7 @@ async def test_connections_are_bounded(autojump_clock: Clock) -> None:
 
 async def test_a_client_that_does_not_read(autojump_clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     """Answers that nobody reads are kept for a bounded time; then the connection is closed, and the calls go on."""
-    async with served(limits=Limits(answer_seconds=7)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(answer_seconds=7)) as run, await run.connect() as client:
         await client.ask("fill", {"length": 3_000_000})
         await client.ask("watch", {"name": "watch"}, id=2)
         await client.ask("sleep", {"name": "long", "seconds": 50}, id=3)
@@ -127,7 +127,7 @@ async def test_a_client_that_does_not_read(autojump_clock: Clock, caplog: pytest
 
 async def test_a_client_that_reads_slowly_but_in_time(autojump_clock: Clock) -> None:
     """The bound counts for each answer by itself: many of them may take longer."""
-    async with served(limits=Limits(answer_seconds=10)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(answer_seconds=10)) as run, await run.connect() as client:
         for number in range(4):
             await client.ask("fill", {"length": 1_000_000}, id=number)
         for _ in range(4):
@@ -137,7 +137,7 @@ async def test_a_client_that_reads_slowly_but_in_time(autojump_clock: Clock) -> 
 
 async def test_a_client_is_not_late_while_the_server_does_not_read(autojump_clock: Clock) -> None:
     """The time for a request counts only while the server reads."""
-    async with served(limits=Limits(requests=1)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(requests=1)) as run, await run.connect() as client:
         rest = json.dumps({"jsonrpc": "2.0", "method": "note", "id": 3})
         await client.ask("sleep", {"seconds": 100}, id=1)
         await client.ask("sleep", {"seconds": 100}, id=2)
@@ -148,10 +148,10 @@ async def test_a_client_is_not_late_while_the_server_does_not_read(autojump_cloc
 
 
 @pytest.mark.parametrize("field", ["connections", "requests", "request_bytes", "nesting", "batch", "request_seconds"])
-def test_limits_are_checked(field: str) -> None:
+def test_bounds_are_checked(field: str) -> None:
     """A bound of nothing would serve nobody: it is refused."""
     with pytest.raises(ValueError, match=field):
-        Limits(**{field: 0})
+        Bounds(**{field: 0})
 
 
 # Clients that go ------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ async def test_a_client_that_only_stops_sending_is_still_there(autojump_clock: C
 
 async def test_a_full_connection_notices_that_its_client_is_gone(autojump_clock: Clock) -> None:
     """Also while nothing is read, because too much is in progress, calls end with the client that should."""
-    async with served(limits=Limits(requests=2)) as run:
+    async with served(bounds=Bounds(requests=2)) as run:
         async with await run.connect() as client:
             for number in range(4):
                 await client.ask("watch", {"name": str(number)}, id=number)
@@ -214,7 +214,7 @@ async def test_calls_get_a_bounded_time_at_the_end(autojump_clock: Clock) -> Non
     """At a stop nothing more is accepted or read; calls that end in time are answered, the others are cancelled and said so."""
     before = open_files()
     async with (
-        served(limits=Limits(grace_seconds=5)) as run,
+        served(bounds=Bounds(grace_seconds=5)) as run,
         await run.connect() as client,
         await run.connect() as idle,
     ):
@@ -241,7 +241,7 @@ async def test_calls_get_a_bounded_time_at_the_end(autojump_clock: Clock) -> Non
 
 async def test_a_batch_at_the_end(autojump_clock: Clock) -> None:
     """The calls of a batch that have not begun when the time is over never do, and are answered so."""
-    async with served(limits=Limits(grace_seconds=5)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(grace_seconds=5)) as run, await run.connect() as client:
         sleep = {"method": "sleep", "params": {"seconds": 50}, "id": 1}
         await client.send(json.dumps([sleep, {"method": "note", "id": 2}]))
         await settle()
@@ -253,7 +253,7 @@ async def test_a_batch_at_the_end(autojump_clock: Clock) -> None:
 
 async def test_what_cannot_be_cancelled_is_waited_for(autojump_clock: Clock) -> None:
     """A method that shields what it does has its own bound; the server's end waits for it."""
-    async with served(limits=Limits(grace_seconds=1)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(grace_seconds=1)) as run, await run.connect() as client:
         await client.ask("finish_anyway", {"seconds": 30})
         await settle()
         run.stop()
@@ -262,7 +262,7 @@ async def test_what_cannot_be_cancelled_is_waited_for(autojump_clock: Clock) -> 
 
 async def test_a_client_that_does_not_read_at_the_end(autojump_clock: Clock) -> None:
     """Nobody's unread answers hold up the end for longer than the grace time and a second."""
-    async with served(limits=Limits(grace_seconds=2, answer_seconds=1000)) as run, await run.connect() as client:
+    async with served(bounds=Bounds(grace_seconds=2, answer_seconds=1000)) as run, await run.connect() as client:
         await client.ask("fill", {"length": 3_000_000})
         await settle()
         begin = trio.current_time()

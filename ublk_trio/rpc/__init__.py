@@ -1,10 +1,10 @@
 """JSON-RPC 2.0 over a Unix socket, as SPDK's programs have it: the wire, without the methods of disks."""
 
+from ublk_trio.rpc.bounds import Bounds
 from ublk_trio.rpc.client import DEFAULT_PATH, call
 from ublk_trio.rpc.dispatcher import ANY_STATE, AnyParams, Dispatcher, Method, NoParams, State
 from ublk_trio.rpc.errors import ErrorCode, NoServerError, RpcError
 from ublk_trio.rpc.framework import FRAMEWORK_METHODS, Framework
-from ublk_trio.rpc.limits import Limits
 from ublk_trio.rpc.server import RpcServer, RpcStatistics, serve_rpc
 
 __all__ = [
@@ -12,10 +12,10 @@ __all__ = [
     "DEFAULT_PATH",
     "FRAMEWORK_METHODS",
     "AnyParams",
+    "Bounds",
     "Dispatcher",
     "ErrorCode",
     "Framework",
-    "Limits",
     "Method",
     "NoParams",
     "NoServerError",

@@ -22,9 +22,9 @@ import attrs
 import trio
 
 from ublk_trio.nursery import open_plain_nursery
+from ublk_trio.rpc.bounds import Bounds
 from ublk_trio.rpc.dispatcher import Dispatcher
 from ublk_trio.rpc.errors import ErrorCode, RpcError, explain
-from ublk_trio.rpc.limits import Limits
 from ublk_trio.rpc.messages import NO_ID, decode, error_text, id_of, parse_request, result_text
 from ublk_trio.rpc.peer import Peer, wait_hung_up
 from ublk_trio.rpc.splitter import MalformedError, Splitter
@@ -49,14 +49,14 @@ class Connection:
     """Serves one stream until its client is done, it breaks, or `stop`."""
 
     def __init__(
-        self, stream: trio.SocketStream, peer: Peer, dispatcher: Dispatcher, limits: Limits, counts: Counts
+        self, stream: trio.SocketStream, peer: Peer, dispatcher: Dispatcher, bounds: Bounds, counts: Counts
     ) -> None:
         self._stream = stream
         self._peer = peer
         self._dispatcher = dispatcher
-        self._limits = limits
+        self._bounds = bounds
         self._counts = counts
-        self._free = trio.Semaphore(limits.requests)
+        self._free = trio.Semaphore(bounds.requests)
         self._sending = trio.Lock()
         self._scope = trio.CancelScope(shield=True)
         self._reading = trio.CancelScope()
@@ -81,7 +81,7 @@ class Connection:
     def stop(self) -> None:
         """Read no more; calls in progress have `grace_seconds` left, and are then cancelled and answered so."""
         self._reading.cancel()
-        self._calls_deadline = trio.current_time() + self._limits.grace_seconds
+        self._calls_deadline = trio.current_time() + self._bounds.grace_seconds
         for scope in self._calls:
             scope.deadline = self._calls_deadline
         self._scope.deadline = self._calls_deadline + LAST_WORDS_SECONDS
@@ -107,7 +107,7 @@ class Connection:
 
     async def _read_requests(self, calls: trio.Nursery) -> None:
         """Until the stream ends. Raises `RpcError` when there is no sense in reading on."""
-        splitter = Splitter(bytes_max=self._limits.request_bytes, depth_max=self._limits.nesting)
+        splitter = Splitter(bytes_max=self._bounds.request_bytes, depth_max=self._bounds.nesting)
         deadline = math.inf
         while True:
             data = await self._receive(deadline)
@@ -119,7 +119,7 @@ class Connection:
                 return
             # From a request's first byte to its last, however it trickles in. While we don't read, the client is not late.
             deadline = (
-                min(deadline, trio.current_time() + self._limits.request_seconds) if splitter.partial else math.inf
+                min(deadline, trio.current_time() + self._bounds.request_seconds) if splitter.partial else math.inf
             )
 
     async def _receive(self, deadline: float) -> bytes:
@@ -129,7 +129,7 @@ class Connection:
             except trio.BrokenResourceError:
                 return b""
         assert scope.cancelled_caught
-        seconds = self._limits.request_seconds
+        seconds = self._bounds.request_seconds
         raise RpcError(ErrorCode.PARSE_ERROR, f"parse error: the request did not end within {seconds:g} s")
 
     async def _begin(self, calls: trio.Nursery, value: Any) -> None:
@@ -156,9 +156,9 @@ class Connection:
         try:
             if not values:
                 raise RpcError(ErrorCode.INVALID_REQUEST, "invalid request: a batch has at least one request")
-            if len(values) > self._limits.batch:
+            if len(values) > self._bounds.batch:
                 raise RpcError(
-                    ErrorCode.INVALID_REQUEST, f"invalid request: a batch has at most {self._limits.batch} requests"
+                    ErrorCode.INVALID_REQUEST, f"invalid request: a batch has at most {self._bounds.batch} requests"
                 )
         except RpcError as error:
             return self._error(NO_ID, error)
@@ -212,13 +212,13 @@ class Connection:
         async with self._sending:
             if self._client_gone:
                 return
-            with trio.move_on_after(self._limits.answer_seconds) as scope:
+            with trio.move_on_after(self._bounds.answer_seconds) as scope:
                 try:
                     await self._stream.send_all(f"{text}\n".encode("ascii"))
                 except trio.BrokenResourceError:
                     self._lose_client()
             if scope.cancelled_caught:
-                seconds = self._limits.answer_seconds
+                seconds = self._bounds.answer_seconds
                 logger.warning("%s: did not read its answers for %g s; closing the connection", self._peer, seconds)
                 self._lose_client()
                 self._reading.cancel()

@@ -11,9 +11,9 @@ import trio
 
 from ublk_trio.errors import error_line
 from ublk_trio.nursery import open_plain_nursery
+from ublk_trio.rpc.bounds import Bounds
 from ublk_trio.rpc.connection import Connection, Counts
 from ublk_trio.rpc.dispatcher import Dispatcher
-from ublk_trio.rpc.limits import Limits
 from ublk_trio.rpc.peer import Peer, peer_of
 from ublk_trio.rpc.socket_file import listening_socket
 
@@ -41,14 +41,14 @@ class RpcServer:
     """Made by `serve_rpc`, never directly."""
 
     def __init__(
-        self, path: str, dispatcher: Dispatcher, limits: Limits, uids: frozenset[int], gid: int | None
+        self, path: str, dispatcher: Dispatcher, bounds: Bounds, uids: frozenset[int], gid: int | None
     ) -> None:
         self.path = path
         self._dispatcher = dispatcher
-        self._limits = limits
+        self._bounds = bounds
         self._uids = uids
         self._gid = gid
-        self._free = trio.Semaphore(limits.connections)
+        self._free = trio.Semaphore(bounds.connections)
         self._connections: set[Connection] = set()
         self._counts = Counts()
         self._refused = 0
@@ -65,7 +65,7 @@ class RpcServer:
     async def _accept_for_ever(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
         while True:
             if not self._free.value:
-                logger.warning("%s: %d connections: the next one waits", self.path, self._limits.connections)
+                logger.warning("%s: %d connections: the next one waits", self.path, self._bounds.connections)
             await self._free.acquire()
             sock = None
             try:
@@ -79,7 +79,7 @@ class RpcServer:
                 sock.close()
                 self._free.release()
                 continue
-            connection = Connection(trio.SocketStream(sock), peer, self._dispatcher, self._limits, self._counts)
+            connection = Connection(trio.SocketStream(sock), peer, self._dispatcher, self._bounds, self._counts)
             self._connections.add(connection)
             nursery.start_soon(self._serve, connection)
 
@@ -127,7 +127,7 @@ async def serve_rpc(
     mode: int = 0o600,
     owner: int | None = None,
     group: int | None = None,
-    limits: Limits | None = None,
+    bounds: Bounds | None = None,
     task_status: trio.TaskStatus[RpcServer] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Answer calls on a Unix socket until cancelled: ``server = await nursery.start(serve_rpc, path, dispatcher)``.
@@ -136,13 +136,13 @@ async def serve_rpc(
     process' user and the owner may connect, and with ``group`` its members. Nothing that a client does, and no
     exception of a method, ends the server.
 
-    Cancelled, it accepts and reads no more, removes the socket file, gives calls in progress `Limits.grace_seconds`, then
+    Cancelled, it accepts and reads no more, removes the socket file, gives calls in progress `Bounds.grace_seconds`, then
     cancels them and says so to their clients. What a method shields from cancellation is waited for.
 
     Raises `UsageError` when the path cannot be used or another server is there, `OSError` when the system refuses.
     """
     uids = frozenset({0, os.geteuid()} | ({owner} if owner is not None else set()))
-    server = RpcServer(path, dispatcher, limits or Limits(), uids, group)
+    server = RpcServer(path, dispatcher, bounds or Bounds(), uids, group)
     # Connections are shielded, each by itself; this task and its accepting are not. So the socket goes first.
     async with open_plain_nursery() as nursery:
         try:

@@ -7,7 +7,7 @@ from attrs.validators import ge, gt
 
 
 @attrs.frozen(kw_only=True)
-class Limits:
+class Bounds:
     """How much a server takes on. What goes beyond waits, or is refused; docs/rpc.md says which."""
 
     #: Connections at once; further ones wait to be accepted.
