@@ -16,7 +16,8 @@ from ublk_trio.bdev import Descriptor
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.records import remove_record, write_record
-from ublk_trio.cli.serving import release_all, wait_for_signal, watch_for_release
+from ublk_trio.cli.serving import release_all
+from ublk_trio.cli.signals import Signals, until_signal
 from ublk_trio.kernel_sim import SimKernel
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
@@ -50,15 +51,12 @@ class Operation:
         SIGUSR2 lets go of the disks, as `serve_until_signal` does.
         """
         code = ExitCode.OK
-        async with trio.open_nursery() as nursery:
-            serving, release_asked = trio.CancelScope(), trio.Event()
-            await nursery.start(wait_for_signal, serving)
-            await nursery.start(watch_for_release, release_asked)
-            with serving:
-                async with open_service(self.kernel, attend=self._attend, unprivileged=self.unprivileged) as service:
-                    nursery.start_soon(self._release, service, release_asked, serving)
-                    code = await self._operate(service)
-            nursery.cancel_scope.cancel()
+        async with (
+            until_signal() as signals,
+            open_service(self.kernel, attend=self._attend, unprivileged=self.unprivileged) as service,
+        ):
+            signals.waiting.start_soon(self._release, service, signals)
+            code = await self._operate(service)
         for report in self.reports:
             print(report, file=sys.stderr)
             for fault in report.faults[:20]:
@@ -83,13 +81,13 @@ class Operation:
                 await disk.gone.wait()
         return ExitCode.FAILED if failures else ExitCode.OK
 
-    async def _release(self, service: Service, asked: trio.Event, serving: trio.CancelScope) -> None:
-        await asked.wait()
+    async def _release(self, service: Service, signals: Signals) -> None:
+        await signals.release.wait()
         disks = list(service.disks)
         release_all(disk.device for disk in disks if disk.device is not None)
         for disk in disks:
             await disk.gone.wait()
-        serving.cancel()
+        signals.stop.cancel()
 
     async def _attend(self, disk: Disk) -> None:
         device = disk.device

@@ -1,13 +1,9 @@
-"""Serving real disks until a signal: what ``start`` and ``recover`` have in common.
-
-SIGINT and SIGTERM stop the disks, SIGUSR2 lets go of them: there is no other way to tell a running server anything.
-"""
+"""Serving real disks until a signal: what ``start`` and ``recover`` have in common."""
 
 from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterable
 
@@ -18,6 +14,7 @@ from ublk_trio.backends import Backend
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.records import remove_record, write_record
+from ublk_trio.cli.signals import until_signal
 from ublk_trio.device import Device
 from ublk_trio.errors import UblkError, UsageError
 from ublk_trio.options import DeviceOptions
@@ -36,23 +33,6 @@ class Disk:
     options: DeviceOptions
     #: The id of the device to take over; None for a new one.
     recovers: int | None = None
-
-
-async def wait_for_signal(cancel: trio.CancelScope, *, task_status: trio.TaskStatus[None]) -> None:
-    """Cancel the scope at SIGINT or SIGTERM."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        task_status.started()
-        async for number in signals:
-            logger.info("%s: stopping", signal.Signals(number).name)
-            cancel.cancel()
-
-
-async def watch_for_release(asked: trio.Event, *, task_status: trio.TaskStatus[None]) -> None:
-    """Set the event at SIGUSR2."""
-    with trio.open_signal_receiver(signal.SIGUSR2) as signals:
-        task_status.started()
-        async for _ in signals:
-            asked.set()
 
 
 def release_all(devices: Iterable[Device]) -> None:
@@ -74,18 +54,11 @@ async def _release_when_asked(asked: trio.Event, devices: list[Device]) -> None:
 async def serve_until_signal(disks: list[Disk], *, json: bool) -> int:
     """Start the disks on the real kernel, say so, and serve them until a signal. Returns the exit code."""
     code = ExitCode.OK
-    async with trio.open_nursery() as nursery:
-        serving = trio.CancelScope()
-        release_asked = trio.Event()
-        await nursery.start(wait_for_signal, serving)
-        await nursery.start(watch_for_release, release_asked)
-        with serving:
-            async with open_target(RealKernel()) as target:
-                devices = [await _start_one(target, disk, json=json) for disk in disks]
-                nursery.start_soon(_release_when_asked, release_asked, devices)
-                for device in devices:
-                    code = max(code, await _wait_until_gone(target, device))
-        nursery.cancel_scope.cancel()
+    async with until_signal() as signals, open_target(RealKernel()) as target:
+        devices = [await _start_one(target, disk, json=json) for disk in disks]
+        signals.waiting.start_soon(_release_when_asked, signals.release, devices)
+        for device in devices:
+            code = max(code, await _wait_until_gone(target, device))
     return code
 
 

@@ -17,7 +17,8 @@ from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.operating import Operation
 from ublk_trio.cli.output import print_json
 from ublk_trio.cli.progress import Progress
-from ublk_trio.cli.serving import Disk, serve_until_signal, wait_for_signal
+from ublk_trio.cli.serving import Disk, serve_until_signal
+from ublk_trio.cli.signals import until_signal
 from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Serve
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
@@ -155,27 +156,22 @@ def _simulated_kernel(seed: int, *, unprivileged: bool) -> SimKernel:
 async def _simulate(disks: list[Disk], workload: Workload, *, json: bool) -> int:
     kernel = _simulated_kernel(workload.seed, unprivileged=any(disk.options.unprivileged for disk in disks))
     print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
-    async with trio.open_nursery() as nursery:
-        running = trio.CancelScope()
-        await nursery.start(wait_for_signal, running)
-        with running:
-            async with open_target(kernel) as target:
-                reports: list[WorkloadReport] = []
-                with Progress(seconds=workload.seconds) as progress:
-                    async with trio.open_nursery() as workloads:
-                        for disk in disks:
-                            device = await target.start_device(disk.backend, disk.options)
-                            report = WorkloadReport(disk=device.path)
-                            reports.append(report)
-                            progress.add(report)
-                            own = attrs.evolve(
-                                workload,
-                                keeps_data=not isinstance(disk.backend, Null),
-                                writable=not device.read_only,
-                            )
-                            workloads.start_soon(own.run, kernel.block_device(device.dev_id), report)
-        nursery.cancel_scope.cancel()
-    return _conclude(kernel, reports, interrupted=running.cancelled_caught, json=json)
+    reports: list[WorkloadReport] = []
+    async with until_signal() as signals, open_target(kernel) as target:
+        with Progress(seconds=workload.seconds) as progress:
+            async with trio.open_nursery() as workloads:
+                for disk in disks:
+                    device = await target.start_device(disk.backend, disk.options)
+                    report = WorkloadReport(disk=device.path)
+                    reports.append(report)
+                    progress.add(report)
+                    own = attrs.evolve(
+                        workload,
+                        keeps_data=not isinstance(disk.backend, Null),
+                        writable=not device.read_only,
+                    )
+                    workloads.start_soon(own.run, kernel.block_device(device.dev_id), report)
+    return _conclude(kernel, reports, interrupted=signals.stop.cancelled_caught, json=json)
 
 
 def _conclude(kernel: SimKernel, reports: list[WorkloadReport], *, interrupted: bool, json: bool) -> int:
