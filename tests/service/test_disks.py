@@ -246,3 +246,17 @@ async def test_a_cancelled_owner_takes_everything_along() -> None:
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert not kernel.leftovers()
+
+
+async def test_a_resize_while_it_starts() -> None:
+    """A bdev that gets another size while its disk is starting is not forgotten: the disk is live with the new one."""
+    async with open_bench() as bench:
+        gate = Gate()
+        await bench.bdev("slow", gate)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(bench.disks.start_disk, "slow", DeviceOptions(dev_id=3))
+            await gate.reached.wait()
+            gate.resize(2 * SIZE)
+            await bench.registry.get("slow").resized()
+            gate.gate.set()
+        assert bench.kernel.block_device(3).size == 2 * SIZE

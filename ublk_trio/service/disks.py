@@ -60,6 +60,8 @@ class Disk:
     state: DiskState = DiskState.STARTING
     device: Device | None = None
     failure: Exception | None = None
+    #: Its bdev's size changed while it was starting, so that it may be live with the old one.
+    resized: bool = False
     #: Around its start.
     starting: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     #: Set when it begins to stop.
@@ -67,7 +69,10 @@ class Disk:
     gone: trio.Event = attrs.field(factory=trio.Event)
 
     async def follow_size(self) -> None:
-        """Take over the bdev's new size. A disk that cannot keeps its own, and the log says why."""
+        """Take over the bdev's new size; one that is starting does it when it is live. A disk that cannot keeps its own,
+        and the log says why."""
+        if self.device is None:
+            self.resized = True
         if self.device is None or self.state is DiskState.CLOSING:
             return
         try:
@@ -229,6 +234,10 @@ class Disks:
             if disk.state is DiskState.STARTING:
                 disk.state = DiskState.LIVE
                 self._nursery.start_soon(self._attend, disk, name=f"attendance of disk {disk.ublk_id}")
+                if disk.resized:
+                    # It is live: a cancellation would come too late. A moment.
+                    with trio.CancelScope(shield=True):
+                        await disk.follow_size()
                 return disk
             # It went live in the moment in which it was asked to end.
             disk.device.ask_to_stop()
