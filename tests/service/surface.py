@@ -34,7 +34,7 @@ BOUND_SECONDS = 120.0
 Step: TypeAlias = tuple[str, str, int, bool]
 
 
-class Bench(Protocol):
+class Arm(Protocol):
     """A kernel, on which there is a disk without a server: `LEFT`, of `SIZE` bytes."""
 
     @property
@@ -195,11 +195,11 @@ FIRST = [("create", "a", 0, True), ("make", "a", 0, True), ("start", "a", 0, Tru
 class Run:
     """One run: the calls, those that are under way, and the model."""
 
-    def __init__(self, bench: Bench, service: Service, gate: Gate, nursery: trio.Nursery) -> None:
-        self.bench, self.service, self.gate, self.nursery = bench, service, gate, nursery
+    def __init__(self, arm: Arm, service: Service, gate: Gate, nursery: trio.Nursery) -> None:
+        self.arm, self.service, self.gate, self.nursery = arm, service, gate, nursery
         self.dispatcher = Dispatcher()
         self.dispatcher.register(METHODS, service)
-        self.model = Model(resizes=bench.resizes)
+        self.model = Model(resizes=arm.resizes)
         self.pending = 0
         self.quiet = trio.Event()
         #: The model is what there is: no two calls overlapped since it was.
@@ -227,7 +227,7 @@ class Run:
 
     async def read(self, number: int) -> None:
         try:
-            await self.bench.read(number)
+            await self.arm.read(number)
         except OSError:
             return  # the disk has gone
 
@@ -239,7 +239,7 @@ class Run:
         elif what == "release":
             self.gate.gate.set()
         elif what == "read":
-            if number in self.bench.kernel.device_ids():
+            if number in self.arm.kernel.device_ids():
                 self.nursery.start_soon(self.read, number)
         elif wait and self.pending == 0 and not (name == "slow" and what == "start" and not self.gate.gate.is_set()):
             # A start waits as long as the backend does, in the look for partitions.
@@ -259,7 +259,7 @@ class Run:
         return {disk.ublk_id: disk.bdev_name for disk in self.service.disks if disk.ublk_id is not None}
 
     def sizes(self) -> dict[int, int]:
-        return {number: self.bench.size(number) for number in self.disks()}
+        return {number: self.arm.size(number) for number in self.disks()}
 
     def learn(self) -> None:
         """What there is, after calls that overlapped; it must hold together."""
@@ -270,16 +270,16 @@ class Run:
         bdevs = {bdev.name: bdev for bdev in service.registry}
         assert set(disks.values()) <= set(bdevs)
         assert {name for name, bdev in bdevs.items() if bdev.claimed_by is not None} == set(disks.values())
-        ours = set(self.bench.kernel.device_ids()) - set(disks)
+        ours = set(self.arm.kernel.device_ids()) - set(disks)
         assert ours <= {LEFT}
         target = service.disks.cpus is not None
         assert target or not disks
         bdev_sizes = {name: bdev.size for name, bdev in bdevs.items()}
         sizes = self.sizes()
-        if self.bench.resizes:
+        if self.arm.resizes:
             assert sizes == {number: bdev_sizes[name] for number, name in disks.items()}
         self.model = Model(
-            resizes=self.bench.resizes, target=target, bdevs=bdev_sizes, disks=disks, sizes=sizes, left=ours
+            resizes=self.arm.resizes, target=target, bdevs=bdev_sizes, disks=disks, sizes=sizes, left=ours
         )
         self.known = True
 
@@ -292,14 +292,14 @@ class Run:
         self.learn()
 
 
-async def run_steps(bench: Bench, steps: list[Step]) -> None:
-    """A service on the bench lives through the steps, and everything is answered; then it ends."""
-    async with open_service(bench.kernel) as service, trio.open_nursery() as nursery:
+async def run_steps(arm: Arm, steps: list[Step]) -> None:
+    """A service on that kernel lives through the steps, and everything is answered; then it ends."""
+    async with open_service(arm.kernel) as service, trio.open_nursery() as nursery:
         gate = Gate()
         gate.gate.set()
         made = Made(method="bdev_slow_create", params=dict, specific=dict)
         await service.make(made, "slow", gate, product_name="Slow disk")
-        run = Run(bench, service, gate, nursery)
+        run = Run(arm, service, gate, nursery)
         for step in (*FIRST, *steps):
             await run.step(*step)
         await run.settle()

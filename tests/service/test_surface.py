@@ -27,8 +27,8 @@ STEPS = steps(30)
 
 
 @attrs.frozen
-class SimBench:
-    """`surface.Bench` on the simulator."""
+class SimArm:
+    """`surface.Arm` on the simulator."""
 
     kernel: SimKernel
 
@@ -53,7 +53,7 @@ async def run_on_simulator(version: tuple[int, int], taken: list[Step]) -> None:
         kernel.crash_server(LEFT)
         kernel.partition_scan = True
         with trio.fail_after(BOUND_SECONDS * len(taken)):
-            await run_steps(SimBench(kernel), taken)
+            await run_steps(SimArm(kernel), taken)
     assert not kernel.leftovers()
     assert not kernel.violations
 
