@@ -82,6 +82,12 @@ async def fio_verify(disk: str, *, seconds: float = COMMAND_SECONDS_MAX) -> None
 class Load:
     """fio on a disk, at random, reading and writing, until it is interrupted or the disk goes away."""
 
+    #: What it does.
+    pattern: tuple[str, ...] = (
+        *("--rw=randrw", "--bsrange=512-64K"),
+        *("--time_based", f"--runtime={LOAD_SECONDS_MAX}"),
+    )
+
     def __init__(self, disk: str, *options: str) -> None:
         self.disk = disk
         self.output = ""
@@ -89,9 +95,8 @@ class Load:
         self.ended = trio.Event()
         self._process: trio.Process | None = None
         self._command = [
-            *("fio", "--name=load", f"--filename={disk}", "--rw=randrw", "--bsrange=512-64K", "--iodepth=16"),
+            *("fio", "--name=load", f"--filename={disk}", *self.pattern, "--iodepth=16"),
             *("--direct=1", "--ioengine=libaio", "--thread", "--minimal"),
-            *("--time_based", f"--runtime={LOAD_SECONDS_MAX}"),
             # Trying out the CPU's clock costs as much as all the rest of fio's start.
             "--clocksource=clock_gettime",
             # Where the disk's node was, it must not make a file.
@@ -125,6 +130,16 @@ class Load:
         """Let it end now, as with Ctrl-C."""
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)
+
+    def pause(self) -> None:
+        """Let it ask for nothing more; what it asked for goes on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """The end of a pause."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
 
     @property
     def error(self) -> int:

@@ -13,10 +13,7 @@ import pytest
 import trio
 
 from tests.kernel.programs import (
-    Finished,
-    Load,
     Server,
-    exists,
     make_file,
     recover_server,
     requests_done,
@@ -30,14 +27,13 @@ from ublk_trio.control import open_control
 from ublk_trio.uapi import Feature
 
 SIZE = 16 << 20
-KILLS = 2
 OPTIONS = ["--queues", "2", "--depth", "16", "--max-io", "64K"]
 
 
 #: Killing a busy server that asked for recovery made 6.12.107 dereference a null pointer in ublk_drv, and the whole machine
 #: is in doubt after that.
-_RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
-under_load = pytest.mark.skipif(_RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
+KILL_UNDER_LOAD = tuple(int(number) for number in os.uname().release.split(".")[:2]) >= (6, 15)
+under_load = pytest.mark.skipif(not KILL_UNDER_LOAD, reason="Linux before 6.15 crashes when a busy server is killed")
 
 
 async def kernel_has(feature: Feature) -> bool:
@@ -68,58 +64,6 @@ async def killed_server(backend: str, *options: str) -> AsyncIterator[str]:
         disk = server.disk
         await kill(server)
     yield disk
-
-
-@under_load
-async def test_reissue_under_verifying_load(tmp_path: Path) -> None:
-    """With `reissue`, fio sees pauses and no error, however often the server is killed, and every byte is right."""
-    backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
-    finished: list[Finished] = []
-
-    async def verify(disk: str) -> None:
-        command = [
-            *("fio", "--name=verify", f"--filename={disk}", "--rw=randwrite", "--bs=4K", "--size=8M", "--direct=1"),
-            *("--ioengine=libaio", "--iodepth=16", "--verify=crc32c", "--verify_fatal=1", "--allow_file_create=0"),
-            # So slow that it is still writing when the last server is killed.
-            *("--rate_iops=40", "--clocksource=clock_gettime", "--minimal"),
-        ]
-        finished.append((await run(*command, seconds=400)).check())
-
-    async with start_server(backend, options=[*OPTIONS, "--recovery", "reissue"]) as server:
-        disk = server.disk
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(verify, disk)
-            await wait_until(lambda: requests_done(disk) > 60)
-            await kill(server)
-            for number in range(KILLS):
-                async with recover_server(disk, backend) as server:
-                    await progress(disk, 60)
-                    if number < KILLS - 1:
-                        assert not finished, "still under load"
-                        await kill(server)
-                    else:
-                        await wait_until(lambda: bool(finished), seconds=400)
-    assert not exists(disk)
-
-
-@under_load
-async def test_requeue_under_load(tmp_path: Path) -> None:
-    """With `requeue`, what the server held fails, all else waits for the next one; the load goes on."""
-    backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
-    async with (
-        start_server(backend, options=[*OPTIONS, "--recovery", "requeue"]) as server,
-        trio.open_nursery() as nursery,
-    ):
-        load = Load(server.disk, "--continue_on_error=io", "--rate_iops=200")
-        await nursery.start(load.run)
-        disk = server.disk
-        await kill(server)
-        async with recover_server(disk, backend):
-            assert load.is_running
-            await progress(disk, 100)
-            assert await state_of(disk) == "LIVE"
-            load.interrupt()
-            await load.ended.wait()
 
 
 async def test_fail_until_recovered(tmp_path: Path) -> None:
