@@ -2,6 +2,9 @@
 
 What a command has to say goes to stdout, everything else to stderr. An error is one line that names the thing and the
 mend; ``--debug`` adds the traceback. Exit codes are in `exit_codes`.
+
+A command is named by where it is, and imported when it is called: most need neither the simulator nor the remote calls, which take as
+long to import as all the rest. So the modules of commands import those within the functions that need them.
 """
 
 from __future__ import annotations
@@ -15,10 +18,8 @@ import cyclopts
 from cyclopts import App, Parameter
 
 import ublk_trio
-from ublk_trio.cli import devices, doctor, features, recover, rpc, sim, start, udev
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.errors import KernelUnavailableError, StuckError, UblkError, UsageError, error_line
-from ublk_trio.rpc import ErrorCode, NoServerError, RpcError
 
 app = App(
     name="ublk-trio",
@@ -26,16 +27,16 @@ app = App(
     version=ublk_trio.__version__,
     help_format="plaintext",
 )
-app.command(start.start)
-app.command(recover.recover)
-app.command(devices.list_devices, name="list")
-app.command(devices.stop)
-app.command(features.features)
-app.command(doctor.doctor)
-app.command(sim.sim)
-app.command(rpc.rpc)
-app.command(udev.udev_rule)
-app.command(udev.node_owner)
+app.command("ublk_trio.cli.start:start")
+app.command("ublk_trio.cli.recover:recover")
+app.command("ublk_trio.cli.devices:list_devices", name="list")
+app.command("ublk_trio.cli.devices:stop")
+app.command("ublk_trio.cli.features:features")
+app.command("ublk_trio.cli.doctor:doctor")
+app.command("ublk_trio.cli.sim:sim")
+app.command("ublk_trio.cli.rpc:rpc")
+app.command("ublk_trio.cli.udev:udev_rule")
+app.command("ublk_trio.cli.udev:node_owner")
 app.meta.group_parameters = cyclopts.Group("Global options", sort_key=0)
 
 
@@ -94,6 +95,8 @@ def _line(error: BaseException) -> str:
 
 
 def _exit_code(error: BaseException) -> ExitCode:
+    from ublk_trio.rpc import ErrorCode, NoServerError, RpcError
+
     match error:
         case RpcError() if error.code in (ErrorCode.METHOD_NOT_FOUND, ErrorCode.INVALID_PARAMS):
             return ExitCode.USAGE
@@ -111,6 +114,10 @@ def _exit_code(error: BaseException) -> ExitCode:
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Entry point of ``ublk-trio`` and ``python -m ublk_trio``."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if "--version" not in given and all(word.startswith("-") for word in given):
+        # The overview says what each command does.
+        app.resolved_commands()
     try:
         code = app.meta(arguments, exit_on_error=False, print_error=False, result_action="return_value")
     except cyclopts.CycloptsError as error:

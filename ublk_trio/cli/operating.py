@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+from collections.abc import Callable
 
 import attrs
 import trio
@@ -18,7 +19,6 @@ from ublk_trio.cli.output import print_json
 from ublk_trio.cli.records import remove_record, write_record
 from ublk_trio.cli.serving import release_all
 from ublk_trio.cli.signals import Signals, until_signal
-from ublk_trio.kernel_sim import SimKernel
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
 from ublk_trio.rpc import FRAMEWORK_METHODS, Dispatcher, Framework, serve_rpc
@@ -26,6 +26,7 @@ from ublk_trio.service.config_file import Entry, apply_config
 from ublk_trio.service.disks import Disk
 from ublk_trio.service.methods import METHODS
 from ublk_trio.service.service import Service, open_service
+from ublk_trio.workload import Disk as UsedDisk
 from ublk_trio.workload import Workload, WorkloadReport
 
 
@@ -34,6 +35,8 @@ class Operation:
     """What to serve, and how."""
 
     kernel: Kernel
+    #: Of a simulated kernel: its applications' end of a disk.
+    block_device: Callable[[int], UsedDisk] | None
     entries: list[Entry]
     #: Carry on when a call of the configuration fails.
     keep_going: bool
@@ -96,8 +99,8 @@ class Operation:
             print_json({"id": device.dev_id, "path": device.path, "size": device.size, "serve": device.serve})
         else:
             print(device.path, flush=True)
-        if isinstance(self.kernel, SimKernel):
-            await self._work(self.kernel, disk)
+        if self.block_device is not None:
+            await self._work(self.block_device(device.dev_id), disk)
             return
         write_record(device.dev_id, backend=disk.bdev_name)
         try:
@@ -105,7 +108,7 @@ class Operation:
         finally:
             remove_record(device.dev_id)
 
-    async def _work(self, kernel: SimKernel, disk: Disk) -> None:
+    async def _work(self, used: UsedDisk, disk: Disk) -> None:
         assert disk.device is not None
         if self.workload is None:
             return
@@ -121,7 +124,7 @@ class Operation:
                 nursery.cancel_scope.cancel()
 
             nursery.start_soon(until_closing)
-            await own.run(kernel.block_device(disk.device.dev_id), report)
+            await own.run(used, report)
             nursery.cancel_scope.cancel()
 
 

@@ -5,28 +5,18 @@ from __future__ import annotations
 
 import math
 import mmap
-import sys
 from typing import Annotated, Literal
 
 import attrs
-import trio
 from cyclopts import Parameter
 
-from ublk_trio.backends import Null, parse_backend, parse_size
-from ublk_trio.cli.exit_codes import ExitCode
-from ublk_trio.cli.operating import Operation
-from ublk_trio.cli.output import print_json
-from ublk_trio.cli.progress import Progress
+from ublk_trio.backends import parse_backend, parse_size
 from ublk_trio.cli.serving import Disk, serve_until_signal
-from ublk_trio.cli.signals import until_signal
 from ublk_trio.errors import UsageError
 from ublk_trio.handlers import Serve
-from ublk_trio.kernel_sim import SeededChoices, SimKernel
 from ublk_trio.options import DataMode, DeviceOptions, Recovery
 from ublk_trio.real import RealKernel
-from ublk_trio.service.config_file import read_config
-from ublk_trio.target import open_target
-from ublk_trio.workload import Pattern, Workload, WorkloadReport
+from ublk_trio.workload import Pattern, Workload
 
 
 async def start(
@@ -109,14 +99,22 @@ async def start(
     if config is not None or rpc_socket is not None:
         if backend:
             raise UsageError("--backend is for a fixed set of disks: with --config or --rpc-socket, make them there")
-        simulated = kernel == "sim"
+        from ublk_trio.cli.operating import Operation
+        from ublk_trio.service.config_file import read_config
+
+        simulated = None
+        if kernel == "sim":
+            from ublk_trio.cli.simulating import simulated_kernel
+
+            simulated = simulated_kernel(run.seed, unprivileged=unprivileged)
         operation = Operation(
-            kernel=_simulated_kernel(run.seed, unprivileged=unprivileged) if simulated else RealKernel(),
+            kernel=RealKernel() if simulated is None else simulated,
+            block_device=None if simulated is None else simulated.block_device,
             entries=[] if config is None else read_config(config),
             keep_going=keep_going,
             rpc_socket=rpc_socket,
             unprivileged=unprivileged,
-            workload=attrs.evolve(run, seconds=seconds or math.inf) if simulated and workload is not None else None,
+            workload=None if workload is None else attrs.evolve(run, seconds=seconds or math.inf),
             json=json,
         )
         return await operation.run()
@@ -144,62 +142,7 @@ async def start(
     for disk in disks:
         disk.options.check(page_size=mmap.PAGESIZE)
     if kernel == "sim":
-        return await _simulate(disks, run, json=json)
+        from ublk_trio.cli.simulating import simulate
+
+        return await simulate(disks, run, json=json)
     return await serve_until_signal(disks, json=json)
-
-
-def _simulated_kernel(seed: int, *, unprivileged: bool) -> SimKernel:
-    """As an ordinary user sees it, where disks are that user's."""
-    return SimKernel(choices=SeededChoices(seed), paranoid=True, privileged=not unprivileged)
-
-
-async def _simulate(disks: list[Disk], workload: Workload, *, json: bool) -> int:
-    kernel = _simulated_kernel(workload.seed, unprivileged=any(disk.options.unprivileged for disk in disks))
-    print(f"ublk-trio: simulated kernel, seed {workload.seed}, {workload.seconds:g} s", file=sys.stderr)
-    reports: list[WorkloadReport] = []
-    async with until_signal() as signals, open_target(kernel) as target:
-        with Progress(seconds=workload.seconds) as progress:
-            async with trio.open_nursery() as workloads:
-                for disk in disks:
-                    device = await target.start_device(disk.backend, disk.options)
-                    report = WorkloadReport(disk=device.path)
-                    reports.append(report)
-                    progress.add(report)
-                    own = attrs.evolve(
-                        workload,
-                        keeps_data=not isinstance(disk.backend, Null),
-                        writable=not device.read_only,
-                    )
-                    workloads.start_soon(own.run, kernel.block_device(device.dev_id), report)
-    return _conclude(kernel, reports, interrupted=signals.stop.cancelled_caught, json=json)
-
-
-def _conclude(kernel: SimKernel, reports: list[WorkloadReport], *, interrupted: bool, json: bool) -> int:
-    leftovers = kernel.leftovers()
-    faults = [fault for report in reports for fault in report.faults] + [str(v) for v in kernel.violations]
-    faults += [f"left behind: {thing}" for thing in leftovers]
-    if json:
-        print_json(
-            {
-                "disks": [
-                    {
-                        "disk": report.disk,
-                        "reads": report.reads,
-                        "writes": report.writes,
-                        "other": report.others,
-                        "bytes_verified": report.bytes_verified,
-                    }
-                    for report in reports
-                ],
-                "faults": faults,
-                "interrupted": interrupted,
-            }
-        )
-    else:
-        for report in reports:
-            print(report)
-        if not faults:
-            print("every byte came back right; nothing is left behind")
-    for fault in faults[:20]:
-        print(f"ublk-trio: {fault}", file=sys.stderr)
-    return ExitCode.FAILED if faults else ExitCode.OK
