@@ -190,7 +190,7 @@ class _Machine:
         and, because it has the device's mutex, also whatever could help it."""
         self.answer()
         device = self.kernel.devices.get(DEV_ID)
-        return device is None or not device.holds or not device.unanswered
+        return device is None or not device.holds or device.disk is None or not device.disk.bios
 
     def would_deliver_to_nobody(self) -> bool:
         """Whether QUIESCE_DEV is sent to a device whose next server fetches already: it ends the fetched commands, and leaves the

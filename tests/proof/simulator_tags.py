@@ -186,7 +186,8 @@ class _Server:
         """Answer everything, and give every buffer back, or STOP_DEV would wait."""
         server = self.server
         for _ in range(ROUNDS_MAX):
-            if not self.kernel.devices[server.info.dev_id].unanswered:
+            disk = self.kernel.devices[server.info.dev_id].disk
+            if disk is None or not disk.bios:
                 return
             server.ring.reap()
             for tag in range(DEPTH):

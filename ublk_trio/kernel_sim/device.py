@@ -114,11 +114,6 @@ class SimDevice:
         """It has lost its server and may get another."""
         return self.info.state in (DeviceState.QUIESCED, DeviceState.FAIL_IO)
 
-    @property
-    def unanswered(self) -> int:
-        """Operations on the disk that have not ended."""
-        return len(self.disk.bios) if self.disk is not None else 0
-
     def set_state(self, state: DeviceState, pid: int) -> None:
         self.info = attrs.evolve(self.info, state=state, ublksrv_pid=pid)
         if state is DeviceState.LIVE:
@@ -236,10 +231,10 @@ class SimDevice:
         self.update_delivery()
         if self.info.state is DeviceState.LIVE:
             yield from self.wait_until_idle()
+        # Not delivered, and then not delivered for another reason: nothing to update.
         for queue in self.queues:
             queue.aborts_all = True
         self.quiesced = False
-        self.update_delivery()
         self.redispatch()
         return 0
 
@@ -255,7 +250,6 @@ class SimDevice:
         """End the server's idle commands."""
         for queue in self.queues:
             queue.cancel_idle()
-        self.kernel.changed()
 
     def cancel(self) -> None:
         """After STOP_DEV: end the server's idle commands and wake START_DEV, if there is a server."""
@@ -329,4 +323,3 @@ class SimDevice:
         self._ticking = bool(deadlines)
         if deadlines:
             clock.after(min(deadlines) - clock.now, self._check_deadlines)
-        self.kernel.changed()
