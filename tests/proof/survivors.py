@@ -99,9 +99,6 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                 "a device that was never LIVE has no pid to hide, and no requests"
             ),
         },
-        "ublk_trio.kernel_sim.registered": {
-            "BufferTable.unregister: return 0 -> return 1": "UNREGISTER_IO_BUF turns 0 into ENDED, which is 1",
-        },
         "ublk_trio.rpc.splitter": {
             "Splitter._skip_space: del self._buffer[:_end(_SPACE, self._buffer, 0)] -> del self._buffer[:_end(_SPACE, self._buffer, -1)]": (
                 "a pattern that is to begin before the beginning begins there"
@@ -121,7 +118,6 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "ublk_trio.kernel_sim.tag": {
             "SimTag.reset: self.address = 0 -> self.address = 1": "a tag gets its address by FETCH_REQ before anything reads it",
             "SimTag.reset: self.address = 0 -> self.address = -1": "a tag gets its address by FETCH_REQ before anything reads it",
-            "SimTag.reset: self.poisoned_bytes = -1 -> self.poisoned_bytes = -2": "any negative number says the same",
         },
         "ublk_trio.kernel_sim.uring_commands": {
             **{

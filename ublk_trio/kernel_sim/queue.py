@@ -26,7 +26,17 @@ from ublk_trio.kernel_sim.checks import SimulatedOopsError
 from ublk_trio.kernel_sim.linux_errno import through_block_status
 from ublk_trio.kernel_sim.registered import RequestBuffer
 from ublk_trio.kernel_sim.tag import ACTIVE, AUTO_BUF_REG, CANCELED, NEED_GET_DATA, OWNED_BY_SRV, SimTag
-from ublk_trio.uapi import IO_RES_ABORT, SECTOR_SHIFT, AutoBufRegFlag, Feature, IoCommand, IoDesc, IoFlag, IoOp
+from ublk_trio.uapi import (
+    IO_RES_ABORT,
+    SECTOR_SHIFT,
+    SECTOR_SIZE,
+    AutoBufRegFlag,
+    Feature,
+    IoCommand,
+    IoDesc,
+    IoFlag,
+    IoOp,
+)
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
@@ -36,7 +46,6 @@ _READ = int(IoOp.READ)
 _WRITE = int(IoOp.WRITE)
 _ZONE_APPEND = int(IoOp.ZONE_APPEND)
 _SHMEM_ZC = int(IoFlag.SHMEM_ZC)
-_INTEGRITY = int(IoFlag.INTEGRITY)
 _NEED_REG_BUF = int(IoFlag.NEED_REG_BUF)
 _AUTO_FALLBACK = int(AutoBufRegFlag.FALLBACK)
 _FETCH_REQ = int(IoCommand.FETCH_REQ)
@@ -47,9 +56,6 @@ _UNREGISTER_IO_BUF = int(IoCommand.UNREGISTER_IO_BUF)
 #: The operations that carry data: the server fills it, or reads it.
 FILLED_BY_SERVER: Final = frozenset({int(IoOp.READ), int(IoOp.REPORT_ZONES)})
 READ_BY_SERVER: Final = frozenset({int(IoOp.WRITE), int(IoOp.ZONE_APPEND)})
-#: What `SimQueue.command` returns for a command that ended at once, with 0.
-ENDED: Final = 1
-
 
 #: In place of a command's number: one that no driver knows, and one that is refused for its encoding.
 UNKNOWN_COMMAND: Final = -1
@@ -125,8 +131,8 @@ class SimQueue(HardwareQueue):
         self.fails_all = False
         #: The disk is being removed: requests that a next server would get are failed.
         self.aborts_all = False
-        #: None of these: what comes goes to the server. Kept by `SimDevice.update_delivery`.
-        self.delivering = True
+        #: None of these: what comes goes to the server. Kept by `SimDevice.update_delivery`, from START_DEV on at the latest.
+        self.delivering: bool
         #: Requests that wait for a server.
         self.held: deque[Request] = deque()
         self._log = device.kernel.log
@@ -160,7 +166,7 @@ class SimQueue(HardwareQueue):
     def command(
         self, ring: CommandRing, command: int, tag_number: int, result: int, address: int, auto_buffer: int = 0
     ) -> int:
-        """Check and carry out one command; 0 when it is pending now, `ENDED`, else the negative errno that it ends with.
+        """Check and carry out one command: a negative errno when it is refused, else 0: then it is pending, but one about buffers has ended.
 
         ``address`` is the index for REGISTER_IO_BUF and UNREGISTER_IO_BUF; ``auto_buffer`` the entry's own address word.
         """
@@ -383,13 +389,13 @@ class SimQueue(HardwareQueue):
         refused = ring.register_buffer(index & 0xFFFF_FFFF, self._buffer_of(tag))
         if refused:
             self.let_go(tag)
-        return refused or ENDED
+        return refused
 
     def unregister(self, ring: CommandRing, index: int) -> int:
         """UNREGISTER_IO_BUF: of whatever tag, or another device's."""
         if not self.zero_copy:
             return -errno.EINVAL
-        return ring.unregister_buffer(index & 0xFFFF_FFFF) or ENDED
+        return ring.unregister_buffer(index & 0xFFFF_FFFF)
 
     # ------------------------------------------------------------------ delivery
 
@@ -408,13 +414,18 @@ class SimQueue(HardwareQueue):
             if self.need_get_data and not tag.flags & NEED_GET_DATA:
                 tag.flags = OWNED_BY_SRV | NEED_GET_DATA
                 return 1
-            if tag.poisoned_bytes >= 0:
+            if tag.poisoned_bytes:
                 self._give_back_buffer(ring, tag)
             if not tag.shared:
                 copied = ring.copy_to(tag.address, request.view)
-                if copied != request.length and not self._copied_in_part(ring, tag, copied):
+                if not copied:
+                    # It comes again, and so for ever.
+                    tag.flags = ACTIVE
+                    ring.post_later(tag.tag)
                     return None
-        elif tag.poisoned_bytes >= 0:
+                # Perhaps not all: then that much is delivered.
+                tag.sectors_copied = copied >> SECTOR_SHIFT
+        elif tag.poisoned_bytes:
             self._give_back_buffer(ring, tag)
         elif self.auto_buf_reg and self.has_data(tag):
             return self._deliver_registered(ring, tag, request)
@@ -423,7 +434,6 @@ class SimQueue(HardwareQueue):
 
     def _deliver_registered(self, ring: CommandRing, tag: SimTag, request: Request) -> int | None:
         """Register the request's buffer where the command said. Failing that: FALLBACK, or the request fails."""
-        tag.delivered_flags = 0
         if ring.register_buffer(tag.auto_buffer & 0xFFFF, self._buffer_of(tag)):
             if not tag.auto_buffer >> 16 & _AUTO_FALLBACK:
                 self._release(tag)
@@ -447,24 +457,12 @@ class SimQueue(HardwareQueue):
         else:
             self._fail(request, errno.EIO)
 
-    def _copied_in_part(self, ring: CommandRing, tag: SimTag, copied: int) -> bool:
-        """Some of a WRITE's data fitted: that much is delivered. None of it: the request comes again later, and so for ever."""
-        if copied:
-            tag.sectors_copied = copied >> SECTOR_SHIFT
-            return True
-        tag.flags = ACTIVE
-        ring.post_later(tag.tag)
-        return False
-
     def descriptor(self, tag: SimTag) -> bytes:
         """What the driver wrote for the server when it delivered the tag's request."""
         request = tag.request
         assert request is not None
         return IoDesc(
-            op_flags=request.op_flags
-            | tag.delivered_flags
-            | (_INTEGRITY if request.metadata is not None else 0)
-            | (_SHMEM_ZC if tag.shared else 0),
+            op_flags=request.op_flags | tag.delivered_flags | (_SHMEM_ZC if tag.shared else 0),
             nr_sectors=request.nr_sectors if tag.sectors_copied < 0 else tag.sectors_copied,
             start_sector=request.start_sector,
             addr=self._shown_address(tag),
@@ -487,7 +485,7 @@ class SimQueue(HardwareQueue):
             if tag.flags & ACTIVE and not tag.flags & CANCELED and tag.request is None:
                 tag.flags |= CANCELED
                 assert tag.ring is not None
-                if tag.poisoned_bytes >= 0:
+                if tag.poisoned_bytes:
                     self._give_back_buffer(tag.ring, tag)
                 tag.ring.post_result(tag.tag, IO_RES_ABORT)
 
@@ -516,7 +514,7 @@ class SimQueue(HardwareQueue):
         for tag in self.tags:
             if tag.ring is not ring:
                 continue
-            if tag.poisoned_bytes >= 0:
+            if tag.poisoned_bytes:
                 self._give_back_buffer(ring, tag)
             if tag.flags & ACTIVE:
                 tag.flags |= CANCELED
@@ -583,7 +581,7 @@ class SimQueue(HardwareQueue):
             return
         slot = tag.address - 1
         holder = ring.kernel_holds.get(slot)
-        if holder is not None and holder != tag.tag:
+        if holder is not None:
             self._violation("shared-buffer", tag.tag, f"buffer {slot} already belongs to tag {holder}'s command")
         ring.kernel_holds[slot] = tag.tag
         tag.poisoned_bytes = checks.poison(ring.buffers[slot], moved_bytes)
@@ -591,7 +589,7 @@ class SimQueue(HardwareQueue):
     def _give_back_buffer(self, ring: CommandRing, tag: SimTag) -> None:
         slot = tag.address - 1
         offset = checks.damage(ring.buffers[slot], tag.poisoned_bytes)
-        tag.poisoned_bytes = -1
+        tag.poisoned_bytes = 0
         ring.kernel_holds.pop(slot, None)
         if offset is not None:
             self._violation(
@@ -601,19 +599,15 @@ class SimQueue(HardwareQueue):
             )
 
     def _check_commit(self, tag: SimTag, request: Request, result: int) -> None:
-        if request.op in (_READ, _WRITE):
-            if result > request.length:
-                self._violation(
-                    "result-too-long", tag.tag, f"{result} bytes committed of a request of {request.length}"
-                )
-            elif request.op == _WRITE and 0 <= result < request.length:
-                self._violation("short-write", tag.tag, f"{result} bytes committed of a WRITE of {request.length}")
-            elif request.op == _READ and result > 0 and result % 512:
-                self._violation("ragged-read", tag.tag, f"{result} bytes are no whole number of sectors")
-        elif result > request.length:
-            self._violation(
-                "result-too-long", tag.tag, f"{result} committed of a range of {request.length} bytes; it must be 0"
-            )
+        if result < 0:
+            return
+        length = request.length
+        if result > length:
+            self._violation("result-too-long", tag.tag, f"{result} committed of a request of {length} bytes")
+        elif request.op == _WRITE and result < length:
+            self._violation("short-write", tag.tag, f"{result} bytes committed of a WRITE of {length}")
+        elif request.op == _READ and result % SECTOR_SIZE:
+            self._violation("ragged-read", tag.tag, f"{result} bytes are no whole number of sectors")
 
     def _violation(self, kind: str, tag: int, text: str) -> None:
         self.device.kernel.violation(kind, self.device.dev_id, self.queue_id, tag, text)

@@ -74,7 +74,7 @@ class SimTag:
     auto_ring: CommandRing
     #: What the delivery to a raw ring adds to the request's flags.
     delivered_flags: int
-    #: How much of a WRITE's data fitted into a raw ring's server, when that was not all; else -1.
+    #: How much of a WRITE's data was copied to a raw ring's server; -1 where nothing was.
     sectors_copied: int
     #: Of the commit, with `committed`.
     result: int
@@ -101,8 +101,8 @@ class SimTag:
         self.shared_address: int | None = None
         #: The daemon: who fetched it.
         self.task: object = None
-        #: How much of the buffer is poison, or -1 when it is the server's to use.
-        self.poisoned_bytes = -1
+        #: How much of the buffer is poison, or 0 when it is the server's to use.
+        self.poisoned_bytes = 0
 
     def __repr__(self) -> str:
         return f"<tag {self.tag} {TagFlag(self.flags)!r} address {self.address:#x} {self.request}>"

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Final
 
 from ublk_trio.kernel_sim import batch
 from ublk_trio.kernel_sim.batch import FetchCommand
-from ublk_trio.kernel_sim.queue import ENDED
 from ublk_trio.uapi import IoCommand, io_opcode
 
 if TYPE_CHECKING:
@@ -50,8 +49,7 @@ class QueueCommands:
         """Carry out a command: its result, or None when it is pending."""
         queue = self.queue
         if command not in _CAN_BE_PENDING:
-            result = queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
-            return 0 if result == ENDED else result
+            return queue.command(self, command, io.tag, io.result, io.addr, auto_buffer)
         before = self.pending.get(io.tag)
         # First, because a command may end before the driver is through with it.
         self.pending[io.tag] = user_data
@@ -68,8 +66,7 @@ class QueueCommands:
 
     def register(self, io: IoCmd) -> int:
         """REGISTER_IO_BUF without a look at the task: its result."""
-        result = self.queue.register(self, self.queue.tags[io.tag], io.addr)
-        return 0 if result == ENDED else result
+        return self.queue.register(self, self.queue.tags[io.tag], io.addr)
 
     def post(self, tag: int) -> None:
         self.ring.add_work(lambda: self._deliver(tag))
