@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.sim.mini import COMMIT, GET_DATA, live, machine, opened
+from tests.sim.mini import COMMIT, GET_DATA, basic_params, live, machine, opened
 from ublk_trio.kernel_sim import SimKernel, SimulatorViolationError
 from ublk_trio.kernel_sim.checks import damage, pattern, poison
 from ublk_trio.ring import pack_answer
-from ublk_trio.uapi import Feature, IoOp
+from ublk_trio.uapi import BasicAttr, Feature, IoOp, ParamsDiscard
 
 KIB = 1 << 10
 
@@ -102,6 +102,74 @@ async def test_a_buffer_in_two_hands_is_found() -> None:
             device.queue.ring.slots[event.tag] = 0
             device.queue.get_data(event.tag)
         assert [violation.kind for violation in kernel.violations] == ["shared-buffer"]
+
+
+async def test_buffers_that_the_kernel_does_not_get() -> None:
+    """With NEED_GET_DATA neither FETCH_REQ nor COMMIT_AND_FETCH_REQ gives a buffer away: it stays as it is, and may be written to."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, opened(m, depth=1, flags=Feature.NEED_GET_DATA) as device:
+        device.queue.buffer(0)[:3] = b"abc"
+        device.queue.fetch_all()
+        assert bytes(device.queue.buffer(0)[:3]) == b"abc"
+        assert await m.start() == 0
+        for _ in range(2):
+            device.disk.submit(IoOp.READ, 0, 512)
+            device.queue.commit(device.queue.event().tag, 512)
+            assert bytes(device.queue.buffer(0)[:3]) == b"abc"
+            device.queue.buffer(0)[3] = 0
+    kernel.check()
+
+
+async def test_a_command_without_a_buffer_takes_none() -> None:
+    """NEED_GET_DATA that names no buffer takes no other one either: the WRITE is announced again, and what is there stays."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, live(m, depth=2, flags=Feature.NEED_GET_DATA, buffers=1) as device:
+        device.queue.ring.buffers[0][:3] = b"abc"
+        device.disk.submit(IoOp.WRITE, 0, bytes(512))
+        tag = device.queue.event().tag
+        device.queue.get_data(tag)
+        # A moment later.
+        assert device.queue.events() == []
+        event = device.queue.event()
+        assert (event.tag, event.result) == (tag, 1)
+        assert bytes(device.queue.ring.buffers[0][:3]) == b"abc"
+    kernel.check()
+
+
+RESULTS = [
+    (IoOp.READ, 1024, None),
+    (IoOp.READ, 512, None),
+    (IoOp.READ, 0, None),
+    (IoOp.READ, -5, None),
+    (IoOp.READ, 1, "ragged-read"),
+    (IoOp.READ, 1023, "ragged-read"),
+    (IoOp.READ, 1025, "result-too-long"),
+    (IoOp.WRITE, 1024, None),
+    (IoOp.WRITE, -1, None),
+    (IoOp.WRITE, 0, "short-write"),
+    (IoOp.WRITE, 1023, "short-write"),
+    (IoOp.WRITE, 1025, "result-too-long"),
+    (IoOp.DISCARD, 0, None),
+    (IoOp.DISCARD, -1, None),
+    (IoOp.DISCARD, 1025, "result-too-long"),
+    (IoOp.FLUSH, 0, None),
+    (IoOp.FLUSH, 1, "result-too-long"),
+]
+
+
+@pytest.mark.parametrize(("op", "result", "kind"), RESULTS)
+async def test_committed_results_are_looked_at(op: IoOp, result: int, kind: str | None) -> None:
+    """A server commits an error, or what it has done: all of a WRITE, whole sectors of a READ, never more than was asked for."""
+    kernel = SimKernel(partition_scan=False)
+    discard = ParamsDiscard(discard_granularity=512, max_discard_sectors=64, max_discard_segments=1)
+    params = basic_params(attrs=BasicAttr.VOLATILE_CACHE, discard=discard)
+    async with machine(kernel) as m, live(m, params=params) as device:
+        if op is IoOp.FLUSH:
+            device.disk.submit(op)
+        else:
+            device.disk.submit(op, 0, bytes(1024) if op is IoOp.WRITE else 1024)
+        device.queue.commit(device.queue.event().tag, result)
+        assert [violation.kind for violation in kernel.violations] == ([kind] if kind else [])
 
 
 async def test_wrong_commits_are_named() -> None:

@@ -13,7 +13,7 @@ from tests.sim.raw import COMMIT, FETCH, GET_DATA, RawControl, control_sqe, raw_
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SeededChoices, SimKernel
 from ublk_trio.kernel_sim.uring import RING_CHOICES, Cqe, SimUring, Sqe, UringOp
-from ublk_trio.uapi import ControlCommand, Feature, IoOp
+from ublk_trio.uapi import ControlCommand, Feature, IoCommand, IoOp
 
 
 def nop(user_data: int) -> Sqe:
@@ -67,11 +67,14 @@ def test_another_task_gets_nowhere() -> None:
     assert bio.result == 512
 
 
-def test_before_6_16_a_queue_has_one_task() -> None:
-    """The daemon is who sent the queue's last FETCH_REQ; requests on the tags that others fetched fail."""
-    server = raw_server(raw_kernel((6, 12)), live=False)
+@pytest.mark.parametrize("version", [(6, 12), (6, 15)])
+def test_before_6_16_a_queue_has_one_task(version: tuple[int, int]) -> None:
+    """The daemon is who sent the queue's last FETCH_REQ; requests on the tags that others fetched fail, and those are idle again."""
+    server = raw_server(raw_kernel(version), live=False)
     second = SimUring(server.process.task())
     assert server.io(FETCH, 0) is None
+    # It has no daemon yet, so it is not the task that is wrong.
+    assert server.io(FETCH, 0, ring=second) == -errno.EBUSY
     assert server.io(FETCH, 1, ring=second) is None
     assert server.control.start() == 0
     bios = [server.disk.submit(IoOp.READ, 0, 512), server.disk.submit(IoOp.READ, 512, 512)]
@@ -81,6 +84,38 @@ def test_before_6_16_a_queue_has_one_task() -> None:
     assert server.io(COMMIT, 1, result=512) == -errno.EINVAL
     assert server.io(COMMIT, 1, result=512, ring=second) is None
     assert (tag, bios[1].result) == (999, 512)
+    assert server.control.stop() == 0
+    assert [server.delivered(ring).result for ring in (server.ring, second)] == [-errno.ENODEV] * 2
+
+
+def test_before_6_16_what_the_daemon_cannot_get_waits_for_the_next_one() -> None:
+    """With user recovery a request on a tag that another task fetched is held, and no server has it."""
+    server = raw_server(raw_kernel((6, 12)), flags=Feature.USER_RECOVERY, live=False)
+    for tag, ring in enumerate([server.ring, SimUring(server.process.task())]):
+        ring.submit([server.io_sqe(FETCH, tag)])
+    assert server.control.start() == 0
+    bio = server.disk.submit(IoOp.READ, 0, 512)
+    assert server.ring.reap() == []
+    assert bio.result is None
+    assert server.control.stop() == 0
+    assert bio.result == -errno.EIO
+
+
+@pytest.mark.parametrize("version", [(6, 16), (6, 17), (7, 3)])
+def test_since_6_16_each_tag_has_its_task(version: tuple[int, int]) -> None:
+    """Two tasks serve a queue: each gets the requests on the tags that it fetched, and may not answer the other's."""
+    server = raw_server(raw_kernel(version), live=False)
+    rings = [server.ring, SimUring(server.process.task())]
+    rings[0].submit([server.io_sqe(FETCH, 0)])
+    assert server.io(FETCH, 0, ring=rings[1]) == -errno.EINVAL
+    rings[1].submit([server.io_sqe(FETCH, 1)])
+    assert server.control.start() == 0
+    bios = [server.disk.submit(IoOp.READ, 4096 * number, 512) for number in range(2)]
+    assert [server.delivered(ring).user_data for ring in rings] == [0, 1]
+    for tag, ring in enumerate(rings):
+        assert server.io(COMMIT, tag, ring=rings[1 - tag], result=512) == -errno.EINVAL
+        assert server.io(COMMIT, tag, ring=ring, result=512) is None
+    assert [bio.result for bio in bios] == [512] * 2
 
 
 @pytest.mark.parametrize(
@@ -95,7 +130,7 @@ def test_refusals_by_release(version: tuple[int, int], fetch_again: int, commit_
     assert server.io(FETCH, 0) == -fetch_again
     assert server.io(COMMIT, 0) == -errno.EBUSY
     assert server.io(GET_DATA, 0) == -errno.EBUSY
-    assert server.io(FETCH, 5) == -errno.EINVAL
+    assert server.io(FETCH, 2) == -errno.EINVAL
     assert server.io(FETCH, 0, queue=2) == -errno.EINVAL
     assert server.io(FETCH, 1, addr=0) == -errno.EINVAL
     # An ioctl type that is neither the driver's nor none.
@@ -103,6 +138,28 @@ def test_refusals_by_release(version: tuple[int, int], fetch_again: int, commit_
     assert server.io(FETCH, 1, cmd_op=0x20) is None
     # The queue is ready, the device is not.
     assert server.io(FETCH, 1) == -fetch_again
+
+
+@pytest.mark.parametrize("version", [(6, 12), (6, 15), (6, 16)])
+def test_what_a_delivered_tag_is_refused_to_6_16(version: tuple[int, int]) -> None:
+    """A command that does not go with NEED_GET_DATA's state is EINVAL before all else; then the opcode, a second FETCH_REQ, the rest."""
+    server = raw_server(raw_kernel(version), depth=1, flags=Feature.NEED_GET_DATA)
+    bio = server.disk.submit(IoOp.WRITE, 0, b"d" * 512)
+    cqe = server.delivered()
+    assert (cqe.user_data, cqe.result) == (0, 1)
+    for command in (FETCH, COMMIT, IoCommand.REGISTER_IO_BUF):
+        assert server.io(command, 0) == -errno.EINVAL
+    assert server.io(COMMIT, 0, cmd_op=0xC0105A20) == -errno.EINVAL
+    assert server.io(GET_DATA, 0) == 0
+    assert server.buffer(0, 512) == b"d" * 512
+    assert server.io(COMMIT, 0, cmd_op=0xC0105A20) == -errno.EOPNOTSUPP
+    assert server.io(FETCH, 0) == -errno.EBUSY
+    for command in (GET_DATA, IoCommand.REGISTER_IO_BUF, IoCommand.UNREGISTER_IO_BUF):
+        assert server.io(command, 0) == -errno.EINVAL
+    assert server.io(COMMIT, 0, cmd_op=0x2F) == -errno.EINVAL
+    assert bio.result is None
+    server.commit(0, 512)
+    assert bio.result == 512
 
 
 def test_a_refused_command_leaves_the_pending_one() -> None:
@@ -129,6 +186,11 @@ def test_bad_addresses() -> None:
     server.disk.submit(IoOp.WRITE, 0, b"x" * 4096)
     cqe = server.delivered()
     assert (cqe.result, server.descriptor(cqe.user_data).nr_sectors) == (0, 2)
+    server.commit(cqe.user_data, 4096, addr=half + 1024 - 100)
+    # No whole sector is one of none.
+    server.disk.submit(IoOp.WRITE, 0, b"x" * 4096)
+    cqe = server.delivered()
+    assert (cqe.result, server.descriptor(cqe.user_data).nr_sectors) == (0, 0)
     server.commit(cqe.user_data, 4096, addr=77)
     lost = server.disk.submit(IoOp.WRITE, 0, b"y" * 512)
     for _ in range(3):
@@ -139,11 +201,41 @@ def test_bad_addresses() -> None:
 
 
 def test_a_read_from_nowhere_fails() -> None:
-    """A READ committed with an address that is not mapped: EIO."""
-    server = raw_server(raw_kernel())
-    bio = server.disk.submit(IoOp.READ, 0, 512)
-    server.commit(server.delivered().user_data, 512, addr=99)
-    assert bio.result == -errno.EIO
+    """A READ committed with an address that is not mapped: EIO; before 7.0 it comes again."""
+    for version, fails in (((7, 0), True), ((6, 18), False)):
+        server = raw_server(raw_kernel(version))
+        bio = server.disk.submit(IoOp.READ, 0, 512)
+        server.commit(server.delivered().user_data, 512, addr=99)
+        assert bio.result == (-errno.EIO if fails else None)
+        if not fails:
+            server.commit(server.delivered().user_data, 512)
+            assert bio.result == 512
+
+
+@pytest.mark.parametrize("version", [(6, 12), (7, 3)])
+def test_a_request_comes_to_the_ring_of_the_last_command(version: tuple[int, int]) -> None:
+    """A task with two rings gets a tag's requests where it committed, and a WRITE's data where it asked for them."""
+    server = raw_server(raw_kernel(version), flags=Feature.NEED_GET_DATA, depth=1)
+    second = SimUring(server.tasks[0])
+    server.disk.submit(IoOp.WRITE, 0, b"d" * 512)
+    assert server.delivered().result == 1
+    assert server.io(GET_DATA, 0, ring=second) == 0
+    server.commit(0, 512)
+    server.disk.submit(IoOp.READ, 0, 512)
+    assert server.delivered().result == 0
+    assert server.io(COMMIT, 0, result=512, ring=second) is None
+    server.disk.submit(IoOp.READ, 0, 512)
+    assert server.ring.reap() == []
+    assert server.delivered(second).result == 0
+
+
+def test_a_writes_data_are_asked_for_once() -> None:
+    """From NEED_GET_DATA to its completion the tag is the driver's: a second command is EBUSY."""
+    server = raw_server(raw_kernel(), flags=Feature.NEED_GET_DATA, depth=1)
+    server.disk.submit(IoOp.WRITE, 0, b"d" * 512)
+    assert server.delivered().result == 1
+    server.ring.submit([server.io_sqe(GET_DATA, 0, user_data=number) for number in (1, 2)])
+    assert server.ring.reap() == [Cqe(2, -errno.EBUSY), Cqe(1, 0)]
 
 
 def test_need_get_data_without_a_buffer_is_announced_again() -> None:

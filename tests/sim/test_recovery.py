@@ -410,6 +410,35 @@ async def test_stop_waits_for_what_the_server_has_and_fails_the_rest(version: tu
         assert (await m.info()).state is DeviceState.DEAD
 
 
+@VERSIONS
+async def test_a_stop_gives_the_server_nothing_new(version: tuple[int, int]) -> None:
+    """What comes after STOP_DEV of a live device with recovery is not delivered, though the server works and has a free tag: EIO."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, depth=2, flags=R) as device, trio.open_nursery() as nursery:
+        device.disk.submit(IoOp.READ, 0, 512)
+        event = device.queue.event()
+        nursery.start_soon(m.stop)
+        await wait_all_tasks_blocked()
+        new = device.disk.submit(IoOp.READ, 512, 512)
+        assert device.queue.events() == []
+        device.queue.commit(event.tag, 512)
+        assert new.result == -errno.EIO
+
+
+@VERSIONS
+async def test_stop_is_freed_by_the_end_of_a_ring(version: tuple[int, int]) -> None:
+    """A STOP_DEV that waits for a request on its way to the server goes on when that one's ring closes, its char device open or not."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, flags=R) as device, trio.open_nursery() as nursery:
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        nursery.start_soon(m.stop)
+        await wait_all_tasks_blocked()
+        assert not bio.done
+        device.queue.ring.close()
+        assert bio.result == -errno.EIO
+        assert kernel.held_commands() == []
+
+
 async def test_stop_is_freed_by_the_servers_death() -> None:
     """A STOP_DEV that waits for the server of a recoverable device goes on when the server dies; nothing is kept for a next one."""
     kernel = make_kernel()
@@ -537,6 +566,20 @@ async def test_quiesce_of_a_server_that_has_only_fetched(version: tuple[int, int
         with pytest.raises(SimulatedOopsError, match="a request for a command that has ended"):
             device.disk.submit(IoOp.READ, 0, 512)
         kernel.devices.clear()  # there is no such machine any more
+
+
+@pytest.mark.parametrize("version", [(6, 16), (7, 3)])
+async def test_quiesce_leaves_what_is_on_its_way(version: tuple[int, int]) -> None:
+    """QUIESCE_DEV ends idle commands only: one with a request on its way brings it to the server, who may answer."""
+    kernel = make_kernel(version)
+    async with machine(kernel) as m, live(m, depth=2, flags=R | Feature.QUIESCE) as device:
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        assert await m.command(QUIESCE) == 0
+        delivered, ended = device.queue.events()
+        assert (delivered.result, ended.result) == (0, -errno.ENODEV)
+        assert delivered.tag != ended.tag
+        device.queue.commit(delivered.tag, 512)
+        assert bio.result == 512
 
 
 async def test_quiesce_does_not_wait_for_an_idle_command() -> None:

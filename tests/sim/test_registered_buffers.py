@@ -147,6 +147,21 @@ def test_a_request_ends_with_its_last_buffer() -> None:
     assert bytes(bio.data) == b"q" * 512
 
 
+def test_a_buffer_ends_only_its_own_request() -> None:
+    """The tag's next request does not end with its last buffer when it was not committed, though the one before it did."""
+    server = zero_copy_server()
+    for committed_first in (True, False):
+        bio = server.disk.submit(IoOp.READ, 0, 512)
+        tag = server.delivered().user_data
+        assert server.io(REGISTER, tag, addr=0) == 0
+        if committed_first:
+            server.commit(tag, 512)
+        assert server.io(UNREGISTER, tag, addr=0) == 0
+        assert bio.done == committed_first
+    server.commit(tag, 512)
+    assert bio.result == 512
+
+
 def test_stop_waits_for_buffers() -> None:
     """A committed request whose buffer is registered is still in flight."""
     server = zero_copy_server()
@@ -191,9 +206,14 @@ def test_the_end_of_a_server_waits_for_its_buffers() -> None:
         "release of /dev/ublkc0, waiting for references to the data of requests of device 0"
     ]
     assert (server.disk.exists, bio.done) == (True, False)
+    # Nor is there a next server before.
+    with pytest.raises(KernelError) as caught:
+        server.process.open(kernel.char_path(0))
+    assert caught.value.errno == errno.EBUSY
     other.unregister_buffers()
     assert kernel.held_commands() == []
     assert (server.disk.exists, bio.result) == (False, -errno.EIO)
+    server.process.open(kernel.char_path(0))
 
 
 def test_tables() -> None:
@@ -306,6 +326,18 @@ def test_auto_words_are_checked() -> None:
     # AUTO_BUF_REG alone does not allow to do it by hand.
     assert server.io(REGISTER, 0, addr=1) == -errno.EINVAL
     assert server.io(UNREGISTER, 0, addr=0) == -errno.EINVAL
+
+
+def test_without_the_feature_the_auto_word_means_nothing() -> None:
+    """FETCH_REQ and COMMIT_AND_FETCH_REQ of a device without AUTO_BUF_REG may carry any word there."""
+    for flags in (Feature(0), Feature.USER_COPY):
+        server = raw_server(raw_kernel(), flags=flags, copies=not flags, depth=1, live=False)
+        assert server.io(FETCH, 0, sqe_addr=1 << 32) is None
+        assert server.control.start() == 0
+        bio = server.disk.submit(IoOp.READ, 0, 512)
+        server.ring.reap()
+        server.commit(0, 512, sqe_addr=1 << 32)
+        assert bio.result == 512
 
 
 def test_a_commit_from_another_ring_leaves_the_buffer() -> None:

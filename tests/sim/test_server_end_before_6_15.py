@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from tests.sim.mini import RawQueue, basic_params, live, machine, opened
-from tests.sim.raw import FETCH, raw_server
+from tests.sim.raw import COMMIT, FETCH, raw_server
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import DrawnChoices, SimKernel
 from ublk_trio.kernel_sim.uring import SimUring
@@ -130,6 +130,26 @@ def test_a_server_ends_once() -> None:
     assert owned.result == 512
     assert not any(bio.done for bio in late)
     assert kernel.held_commands() == []
+
+
+def test_the_end_of_one_ring_leaves_what_is_on_its_way_to_another() -> None:
+    """A queue's second ring still brings its request to the server, who may answer: only what was delivered has failed."""
+    server = raw_server(old_kernel(), depth=3, live=False)
+    rings = [server.ring, SimUring(server.tasks[0])]
+    for tag in range(3):
+        rings[tag % 2].submit([server.io_sqe(FETCH, tag)])
+    assert server.control.start() == 0
+    # On tags 0 and 1; 2 stays idle.
+    bios = [server.disk.submit(IoOp.READ, 4096 * number, 512) for number in range(2)]
+    assert server.delivered(rings[0]).user_data == 0
+    rings[0].close()
+    assert [bio.result for bio in bios] == [-errno.EIO, None]
+    assert server.delivered(rings[1]).result == 0
+    assert server.disk.exists
+    # Nothing is left then: the disk goes, and the answer's own command ends with the server's idle ones.
+    assert server.io(COMMIT, 1, result=512, ring=rings[1]) == -errno.ENODEV
+    assert bios[1].result == 512
+    assert not server.disk.exists
 
 
 async def test_the_end_of_one_ring_ends_the_others_commands() -> None:

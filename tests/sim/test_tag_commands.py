@@ -50,6 +50,7 @@ async def test_fetch_refusals_in_order() -> None:
         assert answer(device, FETCH, 1) == -errno.EBUSY
         device.queue.ring.slots[1] = NO_SLOT
         assert answer(device, FETCH, 1) == -errno.EINVAL
+    assert [violation.kind for violation in kernel.violations] == ["no-such-tag"] + ["refused"] * 5
 
 
 async def test_commit_refusals_in_order() -> None:
@@ -82,6 +83,11 @@ async def test_commit_refusals_in_order() -> None:
         assert answer(device, COMMIT, tag, 512) is None
         assert bio.result == 512
         assert answer(device, COMMIT, tag, 512) == -errno.EBUSY
+        # A WRITE's next request needs a buffer, too.
+        device.disk.submit(IoOp.WRITE, 0, bytes(512))
+        tag = device.queue.event().tag
+        device.queue.ring.slots[tag] = NO_SLOT
+        assert answer(device, COMMIT, tag, 512) == -errno.EINVAL
     assert {violation.kind for violation in kernel.violations} == {"not-owned", "refused"}
 
 

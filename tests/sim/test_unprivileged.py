@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import SimKernel
 from ublk_trio.kernel_sim.call import Identity
 from ublk_trio.kernel_sim.char_device import Node
+from ublk_trio.kernel_sim.clock import Timer
 from ublk_trio.kernel_sim.device import SimDevice
 from ublk_trio.kernel_sim.ring import SimControlRing
 from ublk_trio.uapi import ControlCommand, DeviceState, DevInfo, Feature, IoOp, Params
@@ -384,6 +386,51 @@ async def test_an_answer_in_time_saves_the_server() -> None:
         kernel.let_time_pass(60)
         assert bio.result == 1024
         kernel.crash_server(0)
+
+
+async def test_time_is_counted_from_each_request() -> None:
+    """Of two requests the first is answered: the server is killed 30 s after the second was delivered, and not later."""
+    kernel = SimKernel(privileged=False)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
+        disk = kernel.block_device(0)
+        disk.submit(IoOp.READ, 0, 512)
+        answered = queue.event()
+        kernel.let_time_pass(10)
+        second = disk.submit(IoOp.READ, 512, 512)
+        queue.commit(answered.tag, 512)
+        kernel.let_time_pass(29.9)
+        assert not second.done
+        kernel.let_time_pass(0.1)
+        assert second.result == -errno.EIO
+
+
+async def test_a_device_has_one_timer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests come, the clock keeps one timer for them; after a pause the next request has its time, too."""
+    kernel = SimKernel(privileged=False)
+    timers: list[float] = []
+    after = kernel.clock.after
+
+    def counted(seconds: float, callback: Callable[[], None]) -> Timer:
+        timers.append(seconds)
+        return after(seconds, callback)
+
+    monkeypatch.setattr(kernel.clock, "after", counted)
+    async with kernel.open_control() as control:
+        user = User(kernel, control)
+        queue = await user.live()
+        disk = kernel.block_device(0)
+        for _ in range(3):
+            disk.submit(IoOp.READ, 0, 512)
+            queue.commit(queue.event().tag, 512)
+        assert timers == [30]
+        kernel.let_time_pass(100)
+        assert timers == [30]
+        late = disk.submit(IoOp.READ, 0, 512)
+        kernel.let_time_pass(30)
+        assert late.result == -errno.EIO
+        assert timers == [30, 30]
 
 
 async def test_who_waits_for_a_tag_has_not_begun() -> None:

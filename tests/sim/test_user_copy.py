@@ -70,6 +70,9 @@ def test_refusals() -> None:
         server.commit(tag, 0)
         assert flush.result == 0
         read = server.disk.submit(IoOp.READ, 0, 512)
+        # It is on its way.
+        for tag in range(2):
+            assert refused(char.pwrite, b"x", place(tag), task=task) == errno.EINVAL
         tag = server.delivered().user_data
         assert refused(char.pread, 1, place(tag), task=task) == errno.EACCES
         server.commit(tag, 512)
@@ -138,6 +141,29 @@ def test_the_end_of_a_server_waits_for_copies() -> None:
     server.process.exit()
     assert not bio.done
     copy.write(b"z")
+    assert bio.result == -errno.EIO
+
+
+def test_there_is_no_data_once_the_server_has_lost_its_requests() -> None:
+    """Before 6.15 the end of a ring takes the server's requests, while the char device is open: EINVAL."""
+    server = user_copy_server((6, 12), Feature.USER_COPY | Feature.USER_RECOVERY)
+    bio = server.disk.submit(IoOp.READ, 0, 512)
+    tag = server.delivered().user_data
+    server.ring.close()
+    assert bio.result == -errno.EIO
+    assert refused(server.char.pwrite, b"x", place(tag), task=server.tasks[0]) == errno.EINVAL
+
+
+@pytest.mark.parametrize("flags", [Feature(0), Feature.USER_RECOVERY | Feature.USER_RECOVERY_REISSUE])
+def test_a_copy_ends_what_a_lost_server_had(flags: Feature) -> None:
+    """Before 6.15 nobody waits for a copy: it goes on, and with its end the request fails, though others go to the next server."""
+    server = user_copy_server((6, 12), Feature.USER_COPY | flags)
+    bio = server.disk.submit(IoOp.READ, 0, 512)
+    tag = server.delivered().user_data
+    copy = server.char.start_pwrite(place(tag), task=server.process.task())
+    server.ring.close()
+    assert bio.result is None
+    assert copy.write(b"z") == 1
     assert bio.result == -errno.EIO
 
 
