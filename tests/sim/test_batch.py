@@ -264,6 +264,12 @@ def test_prepare_is_all_or_nothing() -> None:
     assert batch.send(PREP, [(3,)]) == 0
     assert [cqe.result for cqe in batch.server.control.ring.reap()] == [0]
     assert batch.send(PREP, [(3,)]) == -errno.EBUSY
+    # Ready for good, it takes FETCH_IO_CMDS again, and delivers: a refusal of the first element has undone nothing.
+    batch.provide(batch.ring, [64])
+    (bio,) = reads(batch, 1)
+    batch.fetch()
+    assert batch.ring.reap()[0].result > 0
+    assert bio.result is None
     zero = Batch(batch_server(live=False).server, BatchFlag(0))
     assert zero.send(PREP, [(0,)]) == -errno.EINVAL
 
@@ -375,9 +381,10 @@ def test_where_an_append_went(has_lba: bool) -> None:
             server.char.pwrite(b"".join(zones), user_copy_offset(queue_id=0, tag=tag, offset=0))
             commit(tag, 64 * len(zones))
     batch.ring.reap()
-    bio = server.disk.submit(IoOp.ZONE_APPEND, 64 * 512, bytes(512))
+    bio = server.disk.submit(IoOp.ZONE_APPEND, 64 * 512, b"a" * 512)
     (cqe,) = batch.ring.reap()
     (tag,) = batch.tags(addresses[cqe.flags >> CQE_BUFFER_SHIFT], cqe.result)
+    assert server.char.pread(512, user_copy_offset(queue_id=0, tag=tag, offset=0)) == b"a" * 512
     commit(tag, 512, 72)
     assert bio.done
     assert bio.offset == (72 if has_lba else (1 << 64) - 1) * 512

@@ -108,7 +108,7 @@ def prepare(queue: SimQueue, commands: BatchCommands, io: BatchIo, address: int)
     for element in elements:
         error = _prepare_refused(queue, element, seen)
         if error:
-            if fetched_before + len(seen) == queue.depth:
+            if seen and fetched_before + len(seen) == queue.depth:
                 # It was ready for a moment.
                 queue.canceling = True
                 queue.device.update_delivery()
