@@ -83,7 +83,7 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
                     "SimDevice.__init__: self.opener_pid = 0 -> self.opener_pid = 1",
                     "SimDevice.__init__: self.opener_pid = 0 -> self.opener_pid = -1",
                 ),
-                "nothing asks for it before somebody has opened the char device",
+                "START_DEV does not ask for it before somebody has opened the char device, and who ends with such a pid changes nothing",
             ),
             **dict.fromkeys(
                 (
@@ -98,6 +98,35 @@ EXPLAINED: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "SimDevice.__init__: self.server_died = False -> self.server_died = True": (
                 "a device that was never LIVE has no pid to hide, and no requests"
             ),
+        },
+        "ublk_trio.kernel_sim.queue": {
+            "SimQueue.__init__: self.shmem = device.shmem if flags & Feature.SHMEM_ZC else None "
+            "-> self.shmem = device.shmem if flags | Feature.SHMEM_ZC else None": (
+                "without the feature no memory is registered: nothing lies in it"
+            ),
+            **dict.fromkeys(
+                (
+                    "module: UNKNOWN_COMMAND: Final = -1 -> UNKNOWN_COMMAND: Final = 1",
+                    "module: UNKNOWN_COMMAND: Final = -1 -> UNKNOWN_COMMAND: Final = -0",
+                    "module: BAD_OPCODE: Final = -2 -> BAD_OPCODE: Final = 2",
+                    "module: BAD_OPCODE: Final = -2 -> BAD_OPCODE: Final = -3",
+                ),
+                "no command has that number either",
+            ),
+            **{
+                f"{where} -> {before}{number}{after}": "the first 4 KiB are poisoned, whatever was moved"
+                for number in (1, -1)
+                for where, before, after in (
+                    ("SimQueue.fetch: self._take_buffer(ring, tag, 0)", "self._take_buffer(ring, tag, ", ")"),
+                    ("SimQueue._get_data: self._take_buffer(ring, tag, 0)", "self._take_buffer(ring, tag, ", ")"),
+                    ("SimQueue._end_request: moved = 0", "moved = ", ""),
+                    (
+                        "SimQueue._end_request: moved = request.length if request.op == _WRITE else 0",
+                        "moved = request.length if request.op == _WRITE else ",
+                        "",
+                    ),
+                )
+            },
         },
         "ublk_trio.rpc.splitter": {
             "Splitter._skip_space: del self._buffer[:_end(_SPACE, self._buffer, 0)] -> del self._buffer[:_end(_SPACE, self._buffer, -1)]": (

@@ -239,6 +239,15 @@ def test_a_pid_is_reported_while_its_process_lives() -> None:
     assert info_of(root).ublksrv_pid == -1
 
 
+def test_a_process_ends_beside_a_device_without_a_server() -> None:
+    """A device that nobody has opened yet is nobody's: whoever ends leaves it as it is."""
+    kernel = raw_kernel()
+    root = RawControl(kernel.process())
+    root.add()
+    kernel.process().exit()
+    assert kernel.device_ids() == [0]
+
+
 def test_addresses_of_a_process() -> None:
     """A control command's address is one of the process': what it has not mapped is EFAULT."""
     kernel = raw_kernel()

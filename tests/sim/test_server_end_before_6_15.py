@@ -233,6 +233,33 @@ async def test_a_stopped_recoverable_device_never_serves_again() -> None:
         assert await m.command(ControlCommand.START_USER_RECOVERY) == -errno.EBUSY
 
 
+async def test_a_device_that_was_stopped_in_its_recovery_never_serves_again() -> None:
+    """The same when its next server had not fetched yet: that one's tags are taken, its disk fails everything."""
+    kernel = old_kernel()
+    async with machine(kernel) as m, live(m, flags=R) as device:
+        kernel.crash_server(0)
+        assert await m.command(ControlCommand.START_USER_RECOVERY) == 0
+        assert await m.stop() == 0
+        device.char = await kernel.open_char_device(device.info, ioctl_encoded=True)
+        device.queues = [RawQueue(device.char.open_queue(0, buffers=4))]
+        device.queue.fetch_all()
+        assert device.queue.events() == []
+        assert await m.start() == 0
+        assert device.disk.submit(IoOp.READ, 0, 512).result == -errno.EIO
+
+
+async def test_reissue_alone_is_no_recovery() -> None:
+    """ADD_DEV to 6.12 takes USER_RECOVERY_REISSUE without USER_RECOVERY, and it means nothing: what the server had fails."""
+    kernel = old_kernel()
+    async with machine(kernel) as m, live(m, depth=2, flags=REISSUE) as device:
+        assert device.info.flags & REISSUE
+        bio = device.disk.submit(IoOp.READ, 0, 512)
+        device.queue.events()
+        kernel.crash_server(0)
+        assert bio.result == -errno.EIO
+        assert (await m.info()).state is DeviceState.DEAD
+
+
 async def test_in_between_a_stopped_device_keeps_its_tags() -> None:
     """On 6.16 the last close is the server's end, but where there is no disk any more it resets nothing."""
     kernel = SimKernel(version=(6, 16), partition_scan=False)

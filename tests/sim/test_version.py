@@ -7,8 +7,9 @@ import errno
 import pytest
 
 from ublk_trio.kernel_sim import KernelVersion, SimKernel
+from ublk_trio.kernel_sim.uring import SimUring, Sqe, UringOp
 from ublk_trio.ring import EVENT, pack_answer
-from ublk_trio.uapi import ControlCommand, DevInfo, Feature, IoCommand
+from ublk_trio.uapi import ControlCommand, DevInfo, Feature, IoCmd, IoCommand, io_opcode
 
 
 def test_versions_compare() -> None:
@@ -71,6 +72,22 @@ async def test_encodings(version: tuple[int, int], legacy_opcodes: bool, ioctl_e
         assert [event[2] for event in EVENT.iter_unpack(ring.reap())] == ([-refusal] if refusal else [])
         ring.close()
         char.close()
+
+
+async def test_before_6_4_an_encoded_opcode_is_no_command() -> None:
+    """Over a raw ring, too, FETCH_REQ in ioctl encoding is an unknown command, EINVAL, and a plain number a known one."""
+    kernel = SimKernel(version=(6, 3))
+    info = DevInfo(dev_id=0, nr_hw_queues=1, queue_depth=1, max_io_buf_bytes=4096)
+    async with kernel.open_control() as control:
+        added = control.submit(ControlCommand.ADD_DEV, dev_id=0, buffer=bytearray(info.pack()), ioctl_encoded=False)
+        assert await added == 0
+    process = kernel.process()
+    ring, file = SimUring(process.main_task), process.open(kernel.char_path(0))
+    payload = IoCmd(q_id=0, tag=0, result=0, addr=process.memory.map(4096)).pack()
+    for encoded in (True, False):
+        opcode = io_opcode(IoCommand.FETCH_REQ, ioctl_encoded=encoded)
+        ring.submit([Sqe(opcode=UringOp.URING_CMD, file=file, cmd_op=opcode, payload=payload)])
+        assert [cqe.result for cqe in ring.reap()] == ([-errno.EINVAL] if encoded else [])
 
 
 async def test_no_release_before_6_5_knows_get_features() -> None:
