@@ -111,40 +111,45 @@ class _Place:
     #: From the module down: the field's name and the index in it.
     path: tuple[tuple[str, int], ...]
 
-    def statement(self, tree: ast.Module) -> ast.stmt:
-        node: ast.AST = tree
+    def statement(self) -> ast.stmt:
+        node: ast.AST = self.tree
         for field, index in self.path:
             node = getattr(node, field)[index]
         assert isinstance(node, ast.stmt)
         return node
 
     def mutants(self) -> Iterator[Mutant]:
-        statement = self.statement(self.tree)
+        statement = self.statement()
         before = _text(statement)
         lines = range(statement.lineno, _head_end(statement) + 1) if self.in_function else None
         edits = 0
         while True:
-            tree = copy.deepcopy(self.tree)
-            changed = self.statement(tree)
+            changed = copy.deepcopy(statement)
             editor = _Editor(edits, at_import=not self.in_function)
             editor.edit_head(changed)
             if not editor.done:
                 break
             edits += 1
             if (after := _text(changed)) != before:
-                yield Mutant(where=self.where, before=before, after=after, lines=lines, module=_located(tree))
+                yield Mutant(where=self.where, before=before, after=after, lines=lines, module=self._with(changed))
         if _removable(statement, in_function=self.in_function):
-            tree = copy.deepcopy(self.tree)
-            parent: ast.AST = tree
-            for field, index in self.path[:-1]:
-                parent = getattr(parent, field)[index]
-            field, index = self.path[-1]
-            getattr(parent, field)[index] = ast.copy_location(ast.Pass(), statement)
-            yield Mutant(where=self.where, before=before, after="pass", lines=lines, module=_located(tree))
+            nothing = ast.copy_location(ast.Pass(), statement)
+            yield Mutant(where=self.where, before=before, after="pass", lines=lines, module=self._with(nothing))
 
-
-def _located(tree: ast.Module) -> ast.Module:
-    return ast.fix_missing_locations(tree)
+    def _with(self, statement: ast.stmt) -> ast.Module:
+        """The tree with another statement here. It shares all the rest with the original: there are hundreds of them."""
+        tree = copy.copy(self.tree)
+        node: ast.AST = tree
+        for field, index in self.path[:-1]:
+            inside = list(getattr(node, field))
+            inside[index] = copy.copy(inside[index])
+            setattr(node, field, inside)
+            node = inside[index]
+        field, index = self.path[-1]
+        inside = list(getattr(node, field))
+        inside[index] = ast.fix_missing_locations(statement)
+        setattr(node, field, inside)
+        return tree
 
 
 def _text(statement: ast.stmt) -> str:
