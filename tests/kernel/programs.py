@@ -131,10 +131,18 @@ class Load:
         assert self._process is not None
         self._process.send_signal(signal.SIGINT)
 
-    def pause(self) -> None:
+    async def pause(self) -> None:
         """Let it ask for nothing more; what it asked for goes on."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        # A thread that is asking just now stops after that.
+        await wait_until(lambda: self._is_stopped() or not self.is_running)
+
+    def _is_stopped(self) -> bool:
+        assert self._process is not None
+        stats = [path.read_text(encoding="ascii") for path in Path(f"/proc/{self._process.pid}/task").glob("*/stat")]
+        # The state follows the name, which is in parentheses.
+        return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
     def resume(self) -> None:
         """The end of a pause."""

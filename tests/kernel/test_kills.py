@@ -88,9 +88,11 @@ async def _kill(server: ForkedServer, load: Load) -> None:
         await wait_until(lambda: writes_in_flight(server.disk) > 0 or not load.is_running)
         await server.kill()
         return
-    load.pause()
+    await load.pause()
     await wait_until(lambda: is_idle(server.disk))
     await server.kill()
+    # Where requests came before the kernel had noticed, the load was seen to stand still in one of twenty kills.
+    await wait_until_without_server(server.dev_id, DeviceState.QUIESCED)
     # What comes now waits for the next server.
     load.resume()
 
@@ -118,9 +120,9 @@ async def _verified_through_kills(
             await progress(requests_done, 2 * DEPTH)
             await _kill(server, load)
             if recovery is Recovery.FAIL:
-                await wait_until_failing(dev_id)
+                await wait_until_without_server(dev_id, DeviceState.FAIL_IO)
                 await progress(requests_done, DEPTH)
-                load.pause()
+                await load.pause()
             server = await servers.start(make if left else make_last, DeviceOptions(), recovers=dev_id)
             load.resume()
         # What remains of a round that the last kill was in, and a whole one.
@@ -132,9 +134,10 @@ async def _verified_through_kills(
     return load
 
 
-async def wait_until_failing(dev_id: int) -> None:
+async def wait_until_without_server(dev_id: int, state: DeviceState) -> None:
+    """The kernel has noticed that the server is gone."""
     with trio.fail_after(60):
-        while await state_of(dev_id) is not DeviceState.FAIL_IO:  # noqa: ASYNC110 - there is no event to wait for
+        while await state_of(dev_id) is not state:  # noqa: ASYNC110 - there is no event to wait for
             await trio.sleep(0.05)
 
 
