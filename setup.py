@@ -56,8 +56,8 @@ setup(
     ext_modules=[
         Extension(
             build_native.MODULE,
-            sources=["native/ring.c"],
-            depends=["native/ring.h", "native/ublk_abi.h"],
+            sources=["native/ring.c", "native/worker.c"],
+            depends=["native/ring.h", "native/worker.h", "native/ublk_abi.h"],
             include_dirs=["native"],
             extra_compile_args=build_native.COMPILE_ARGS,
         )

@@ -27,6 +27,8 @@ class EndlessRing:
     def __init__(self, *, depth: int, batches: int) -> None:
         self.queue_id = 0
         self.depth = depth
+        self.worker = None
+        self.untaken = 0
         arena = memoryview(bytearray(depth * BUFFER_BYTES))
         self.buffers: Sequence[memoryview] = [
             arena[tag * BUFFER_BYTES : (tag + 1) * BUFFER_BYTES] for tag in range(depth)

@@ -19,11 +19,11 @@ from pathlib import Path
 
 MODULE = "ublk_trio.real._native"
 HERE = Path(__file__).resolve().parent
-SOURCE = HERE / "ring.c"
-HEADERS = [HERE / "ring.h", HERE / "ublk_abi.h"]
+#: Those that declare what Python calls, in the order in which they need each other.
+HEADERS = [HERE / "ring.h", HERE / "worker.h"]
 MEND = "install gcc, python3-dev and liburing-dev (Debian's names), then: pip install --force-reinstall --no-deps ublk_trio"
 
-COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra"]
+COMPILE_ARGS = ["-std=gnu11", "-O2", "-Wall", "-Wextra", "-pthread"]
 
 
 class NotBuildableError(Exception):
@@ -31,13 +31,15 @@ class NotBuildableError(Exception):
 
 
 def declarations() -> str:
-    """What cffi is told: the part of ring.h between its two markers, as it stands."""
-    text = (HERE / "ring.h").read_text(encoding="utf-8")
-    _, begin, rest = text.partition("/* ---- cffi begins ---- */")
-    wanted, end, _ = rest.partition("/* ---- cffi ends ---- */")
-    assert begin, "ring.h lost the marker before what cffi reads"
-    assert end, "ring.h lost the marker after what cffi reads"
-    return wanted
+    """What cffi is told: the part of each header between its two markers, as it stands."""
+    wanted = []
+    for header in HEADERS:
+        _, begin, rest = header.read_text(encoding="utf-8").partition("/* ---- cffi begins ---- */")
+        part, end, _ = rest.partition("/* ---- cffi ends ---- */")
+        assert begin, f"{header.name} lost the marker before what cffi reads"
+        assert end, f"{header.name} lost the marker after what cffi reads"
+        wanted.append(part)
+    return "".join(wanted)
 
 
 def generate(target: Path) -> None:
@@ -48,7 +50,7 @@ def generate(target: Path) -> None:
         raise NotBuildableError("the Python package cffi is missing") from None
     builder = cffi.FFI()
     builder.cdef(declarations())
-    builder.set_source(MODULE, '#include "ring.h"')
+    builder.set_source(MODULE, "\n".join(f'#include "{header.name}"' for header in HEADERS))
     target.parent.mkdir(parents=True, exist_ok=True)
     builder.emit_c_code(str(target))
 

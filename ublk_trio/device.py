@@ -42,6 +42,7 @@ from ublk_trio.queue import Queue, QueueStatistics
 from ublk_trio.recovery import Recoverable, find_recoverable, recovery_of, start_recovery
 from ublk_trio.ring import CharDevice, Kernel
 from ublk_trio.uapi import ANY_DEVICE_ID, DevInfo, Feature
+from ublk_trio.workers import Workers
 
 logger = logging.getLogger("ublk_trio.device")
 
@@ -118,6 +119,7 @@ class Device:
         backend: Backend,
         options: DeviceOptions,
         recoverable: Recoverable | None = None,
+        workers: Workers | None = None,
     ) -> None:
         if recoverable is not None:
             options = recoverable.options(options)
@@ -128,6 +130,7 @@ class Device:
         self._kernel = kernel
         self._control = control
         self._recoverable = recoverable
+        self._workers = workers
         #: The disk is ours to stop and to delete: we added it, or have taken it over.
         self._owned = recoverable is None
         self._info: DevInfo | None = None
@@ -424,7 +427,8 @@ class Device:
         assert self._handlers is not None
         try:
             for queue_id in range(info.nr_hw_queues):
-                ring = char.open_queue(queue_id, buffers=buffers)
+                worker = None if self._workers is None else self._workers.next()
+                ring = char.open_queue(queue_id, buffers=buffers, worker=worker)
                 self._queues.append(Queue(ring, self._handlers, serve=self.serve, pooled=pooled))
             yield
         finally:

@@ -79,6 +79,8 @@ class QueueStatistics:
     waited_total: int
     ring: RingStatistics
     pool: PoolStatistics | None
+    #: Where the worker runs that owns the queue's ring; None without workers.
+    cpu: int | None
 
 
 class Queue:
@@ -105,7 +107,10 @@ class Queue:
         self._answers: list[int] = []
         self._serve = serve_async if serve == "async" else serve_inline
         self._pool = BufferPool(len(ring.buffers)) if pooled else None
+        #: Tags whose answers give a buffer back and were not sent yet; and of those that were sent, how many answers had been then.
         self._released: list[int] = []
+        self._lent: deque[tuple[int, int]] = deque()
+        self._sent = 0
         self._requests = [Request(tag) for tag in range(ring.depth)]
         self._read_only_views = [view.toreadonly() for view in ring.buffers]
         for request in self._requests:
@@ -267,11 +272,16 @@ class Queue:
 
     def flush(self) -> None:
         """Send all answers in one call; then hand the buffers that came free to the requests that wait for one."""
-        while self._answers:
-            answers, self._answers = self._answers, []
-            self.ring.commit(answers)
+        while self._answers or self._lent:
+            if self._answers:
+                answers, self._answers = self._answers, []
+                self.ring.commit(answers)
+                self._sent += len(answers)
             if self._pool is not None:
+                self._lend_released()
                 self._pass_buffers_on(self._pool)
+                if not self._answers:
+                    return
 
     # Buffers ---------------------------------------------------------------------------------------------------------
 
@@ -296,12 +306,19 @@ class Queue:
         self.tags.step(request.tag, TagEvent.GET_DATA)
         self._answers.append(pack_answer(IoCommand.NEED_GET_DATA, request.tag))
 
-    def _pass_buffers_on(self, pool: BufferPool) -> None:
+    def _lend_released(self) -> None:
         slots = self.ring.slots
         for tag in self._released:
-            pool.give_back(slots[tag])
+            self._lent.append((self._sent, slots[tag]))
             slots[tag] = NO_SLOT
         self._released.clear()
+
+    def _pass_buffers_on(self, pool: BufferPool) -> None:
+        # A buffer is free once the kernel has its answer: it takes the data out of it then.
+        if self._lent:
+            taken = self._sent - self.ring.untaken
+            while self._lent and self._lent[0][0] <= taken:
+                pool.give_back(self._lent.popleft()[1])
         while (waiter := pool.next_waiter()) is not None:
             tag, slot = waiter
             request = self._requests[tag]
@@ -372,4 +389,5 @@ class Queue:
             waited_total=self.line.waited_total,
             ring=self.ring.statistics(),
             pool=self._pool.statistics() if self._pool is not None else None,
+            cpu=self.ring.worker.cpu if self.ring.worker is not None else None,
         )

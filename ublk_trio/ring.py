@@ -1,4 +1,4 @@
-"""The interface between the engine and a kernel: `Kernel`, `ControlRing`, `CharDevice`, `QueueRing`.
+"""The interface between the engine and a kernel: `Kernel`, `ControlRing`, `CharDevice`, `QueueRing`, `Worker`.
 
 Two implementations: `ublk_trio.real` (io_uring and the machine's own `ublk_drv`) and `ublk_trio.kernel_sim` (both of
 them in this process). The engine knows only what stands here.
@@ -18,7 +18,9 @@ call. Both sides of that exchange are packed integers rather than objects:
 the tag's commands point the kernel at (`NO_SLOT`: none). With one buffer per tag it is the identity and nobody
 touches it; with a bounded pool the engine sets it before it sends NEED_GET_DATA or COMMIT_AND_FETCH_REQ.
 
-**Threads.** A ring belongs to the thread that opened it; the kernel refuses commands for a tag from any other.
+**Threads.** A ring belongs to the thread that opened it; the kernel refuses commands for a tag from any other. With a
+`Worker` that is the worker's thread, and the engine's only hands over: then an answer is with the kernel some time after
+`QueueRing.commit`, see `QueueRing.untaken`.
 """
 
 from __future__ import annotations
@@ -96,6 +98,22 @@ class ControlRing(Protocol):
         ...
 
 
+class Worker(Protocol):
+    """A thread, pinned to a CPU, that owns the rings of queues. In it the kernel copies their requests' data; it runs no Python."""
+
+    @property
+    def cpu(self) -> int: ...
+
+    @property
+    def thread_id(self) -> int:
+        """The system's number for the thread: ``/proc/PID/task/N``."""
+        ...
+
+    def close(self) -> None:
+        """End the thread, and wait for its end; the rings that it owns must have been closed before. Repeatable."""
+        ...
+
+
 class QueueRing(Protocol):
     """One queue's ring, with its descriptors mapped and its buffers."""
 
@@ -105,6 +123,19 @@ class QueueRing(Protocol):
     @property
     def depth(self) -> int:
         """Number of tags."""
+        ...
+
+    @property
+    def worker(self) -> Worker | None:
+        """Who owns the ring; None: the thread that opened it."""
+        ...
+
+    @property
+    def untaken(self) -> int:
+        """How many of the answers, the last ones, the kernel does not have yet: their buffers are not to be touched.
+
+        Without a worker always 0. Once it was not, the next `wait` ends when it has gone down.
+        """
         ...
 
     @property
@@ -126,7 +157,7 @@ class QueueRing(Protocol):
         ...
 
     def commit(self, answers: list[int]) -> None:
-        """Send all the answers, in order, in one call. Never blocks.
+        """Send all the answers, in order, in one call, or have the worker send them. Never blocks. What `slots` says then, counts.
 
         Raises `KernelError` when the ring itself fails; then the ring is of no more use. A refusal of a single command
         comes as an event with its negative errno.
@@ -143,15 +174,21 @@ class QueueRing(Protocol):
     def statistics(self) -> RingStatistics: ...
 
     def close(self) -> None:
-        """Exit the ring, unmap the descriptors, free the buffers. The kernel takes back every tag. Repeatable."""
+        """Exit the ring, unmap the descriptors, free the buffers. The kernel takes back every tag. Repeatable.
+
+        What was answered before is sent before.
+        """
         ...
 
 
 class CharDevice(Protocol):
     """`/dev/ublkcN`, open. The server counts as gone when it is closed."""
 
-    def open_queue(self, queue_id: int, *, buffers: int) -> QueueRing:
-        """Map a queue's descriptors and set up its ring, with an arena of ``buffers`` buffers. Raises `KernelError`."""
+    def open_queue(self, queue_id: int, *, buffers: int, worker: Worker | None = None) -> QueueRing:
+        """Map a queue's descriptors and set up its ring, with an arena of ``buffers`` buffers. Raises `KernelError`.
+
+        With a ``worker``, which must be one of this kernel's, the ring is that one's, else the calling thread's.
+        """
         ...
 
     def close(self) -> None:
@@ -172,6 +209,10 @@ class Kernel(Protocol):
 
     def open_control(self) -> AbstractAsyncContextManager[ControlRing]:
         """Open the control device. Raises `KernelUnavailableError` with the mend when there is none."""
+        ...
+
+    def open_worker(self, cpu: int) -> Worker:
+        """Start a thread on that CPU. Raises `KernelError`: EINVAL when this process may not run there, or it is offline."""
         ...
 
     async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> CharDevice:

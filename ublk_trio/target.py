@@ -8,7 +8,7 @@ kept for whoever waits for that device, and comes out of the block's end if nobo
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 import attrs
@@ -21,7 +21,8 @@ from ublk_trio.errors import UblkError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.options import DeviceOptions
 from ublk_trio.recovery import Recoverable, find_recoverable
-from ublk_trio.ring import Kernel
+from ublk_trio.ring import Kernel, Worker
+from ublk_trio.workers import Workers, open_workers
 
 logger = logging.getLogger("ublk_trio.target")
 
@@ -36,8 +37,9 @@ class TargetStatistics:
 class Target:
     """Owner of devices. Made by `open_target`, never directly."""
 
-    def __init__(self, kernel: Kernel, control: Control, nursery: trio.Nursery) -> None:
+    def __init__(self, kernel: Kernel, control: Control, nursery: trio.Nursery, workers: Workers | None) -> None:
         self.kernel = kernel
+        self._workers = workers
         self._control = control
         self._nursery = nursery
         # Not by id: the kernel gives an id away again while the device that had it still closes its backend.
@@ -51,6 +53,11 @@ class Target:
     def devices(self) -> tuple[Device, ...]:
         """The devices that are live or stopping, by id."""
         return tuple(sorted(self._devices, key=lambda device: device.dev_id))
+
+    @property
+    def workers(self) -> tuple[Worker, ...]:
+        """Its threads, by CPU; none if it was opened without CPUs. Which one has a queue: `QueueStatistics.cpu`."""
+        return () if self._workers is None else self._workers.all
 
     async def start_device(self, backend: Backend, options: DeviceOptions | None = None) -> Device:
         """Start a disk; return when it is live. The target opens the backend and closes it when the disk is gone.
@@ -139,7 +146,7 @@ class Target:
         *,
         task_status: trio.TaskStatus[Device],
     ) -> None:
-        device = Device(self.kernel, self._control, backend, options, recoverable)
+        device = Device(self.kernel, self._control, backend, options, recoverable, self._workers)
         live = _Live(self._devices, task_status)
         try:
             await device.run(live)
@@ -178,19 +185,24 @@ class _Live(trio.TaskStatus[Device]):
 
 
 @asynccontextmanager
-async def open_target(kernel: Kernel) -> AsyncIterator[Target]:
+async def open_target(kernel: Kernel, *, cpus: Collection[int] | None = None) -> AsyncIterator[Target]:
     """Open a kernel's ublk driver for serving disks.
 
-    Raises `KernelUnavailableError` when there is none. At the end of the block every device is stopped and deleted,
-    shielded from cancellation and bounded by each device's grace time. One error comes out plainly, several as an
-    `ExceptionGroup`; a device's failure comes out here only if nobody got it from `Target.wait_device` or
-    `Target.stop_device`.
+    With ``cpus`` there is a worker for each: a thread, pinned to that CPU, in which the kernel copies the data of the queues
+    that are placed on it, one queue after the other in turn, whatever disk it belongs to. Backends are called in the caller's
+    thread all the same. Without, that thread does all, and there is no other.
+
+    Raises `KernelUnavailableError` when there is no driver; `KernelError` (EINVAL) for a CPU on which this process may not run or
+    that is offline. At the end of the block every device is stopped and deleted, shielded from cancellation and bounded by
+    each device's grace time; then the workers end. One error comes out plainly, several as an `ExceptionGroup`; a device's
+    failure comes out here only if nobody got it from `Target.wait_device` or `Target.stop_device`.
     """
     async with open_control(kernel) as control:
-        async with open_plain_nursery() as nursery:
-            target = Target(kernel, control, nursery)
-            try:
-                yield target
-            finally:
-                target._close()
+        with open_workers(kernel, cpus) as workers:
+            async with open_plain_nursery() as nursery:
+                target = Target(kernel, control, nursery, workers)
+                try:
+                    yield target
+                finally:
+                    target._close()
         target._raise_unseen()

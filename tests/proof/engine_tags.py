@@ -63,6 +63,8 @@ class ScriptedRing:
         self._pending: list[IoCommand | None] = [None] * depth
         self.queue_id = 0
         self.depth = depth
+        self.worker = None
+        self.untaken = 0
         self.buffers = [memoryview(bytearray(_BUFFER_BYTES)) for _ in range(buffers)]
         self.slots = make_slots(depth=depth, buffers=buffers)
         #: The tags of the queue that is under test.

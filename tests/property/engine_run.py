@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+from collections.abc import Collection
 
 import trio
 
@@ -34,8 +35,11 @@ COMMAND_ERRNOS = {"no-memory": errno.ENOMEM, "interrupted": errno.EINTR}
 class EngineRun:
     """One life of a server."""
 
-    def __init__(self, kernel: SimKernel, tape: Tape, faults: frozenset[str]) -> None:
+    def __init__(
+        self, kernel: SimKernel, tape: Tape, faults: frozenset[str], cpus: Collection[int] | None = None
+    ) -> None:
         self.kernel = kernel
+        self.cpus = cpus
         self.tape = tape
         self.faults = faults
         self.scope = trio.CancelScope()
@@ -53,7 +57,7 @@ class EngineRun:
 
     async def _main(self) -> None:
         with self.scope:
-            async with open_target(self.kernel) as target:
+            async with open_target(self.kernel, cpus=self.cpus) as target:
                 self.target: Target = target
                 async with trio.open_nursery() as self.helpers:
                     await self.leave_event.wait()

@@ -8,7 +8,7 @@
 | the kernel's contract: … | what the simulator forbids a server (`SimKernel.check`) |
 | the target lists its devices | every live device is in `Target.devices` until it is gone |
 | the tag tables agree | engine and simulator say the same of each tag; strictly when nothing is runnable |
-| every buffer is in one place | free, or on one tag |
+| every buffer is in one place | free, or on one tag, or lent until a worker has sent its answer |
 | the backend is used well | open exactly while it is called, closed once, no call running then, no call out of bounds |
 | nothing hangs | nothing is runnable, the backends hold nothing, nothing is tried again soon, and yet something has not ended |
 | a stop is bounded | … whatever the backends hold |

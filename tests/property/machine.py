@@ -17,7 +17,7 @@ What is decided while a rule runs comes from its ``tape``; so does which of seve
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import ClassVar, TypeVar
 
@@ -48,6 +48,9 @@ class EngineMachine(RuleBasedStateMachine):
     runs: ClassVar[int] = 0
     steps: ClassVar[int] = 0
     broken: ClassVar[list[tuple[int, BrokenError]]] = []
+
+    #: Where targets have workers; None: they have none.
+    cpus: ClassVar[Collection[int] | None] = None
 
     @classmethod
     def begin_count(cls) -> None:
@@ -86,7 +89,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.faults, self.deeds = swarm
         self.patient = patient
         choices = FirstChoice() if calm_kernel else DrawnChoices(self.tape.choose)
-        self.kernel = SimKernel(choices, version=version, faults=self.faults)
+        late = frozenset() if self.cpus is None else frozenset({"worker-late"})
+        self.kernel = SimKernel(choices, version=version, faults=self.faults | late)
         with self._step(tape):
             engine = self._open(lasts)
             if not engine.killed:
@@ -97,7 +101,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def _open(self, lasts: int) -> EngineRun:
         self.may_leave_after = EngineMachine.steps + lasts
-        self.engine = EngineRun(self.kernel, self.tape, self.faults)
+        self.engine = EngineRun(self.kernel, self.tape, self.faults, self.cpus)
         return self.engine
 
     @contextmanager

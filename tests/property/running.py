@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import re
+from collections.abc import Collection
 
 import hypothesis
 from hypothesis import settings
@@ -32,13 +33,21 @@ def planted(name: str) -> Plant:
 
 
 def run_machine(
-    profile: settings, *, seed: int | None = None, replay: str | None = None, plant: str | None = None
+    profile: settings,
+    *,
+    seed: int | None = None,
+    replay: str | None = None,
+    plant: str | None = None,
+    cpus: Collection[int] | None = None,
+    test: str = _TEST,
 ) -> None:
-    """Run it. What it finds has the line that repeats it as its last note. ``replay`` is ``PROFILE:BLOB``."""
+    """Run it, with workers on ``cpus`` if there are any. What it finds has the line that repeats it as its last note: ``test`` with
+    ``--replay PROFILE:BLOB``."""
 
     class Machine(EngineMachine):
         """A class of its own, for the seed or the blob."""
 
+    Machine.cpus = cpus
     machine: type[EngineMachine] = Machine
     if seed is not None:
         machine = hypothesis.seed(seed)(machine)
@@ -55,7 +64,7 @@ def run_machine(
         with planted(plant)() if plant is not None else contextlib.nullcontext():
             run_state_machine_as_test(machine, settings=settings(profile, print_blob=True, report_multiple_bugs=False))
     except Exception as error:
-        line = repeating_line(error, profile, plant=plant)
+        line = repeating_line(error, profile, plant=plant, test=test)
         if line is not None:
             error.add_note(f"To repeat it: {line}")
         raise
@@ -63,7 +72,9 @@ def run_machine(
         gc.unfreeze()
 
 
-def repeating_line(error: BaseException, profile: settings, *, plant: str | None = None) -> str | None:
+def repeating_line(
+    error: BaseException, profile: settings, *, plant: str | None = None, test: str = _TEST
+) -> str | None:
     """The command that repeats a failure, if Hypothesis says how."""
     for note in getattr(error, "__notes__", ()):
         match = _BLOB.search(note)
@@ -71,5 +82,5 @@ def repeating_line(error: BaseException, profile: settings, *, plant: str | None
             options = f" --plant {plant}" if plant is not None else ""
             steps = profile.stateful_step_count
             name = next(name for name, known in PROFILES.items() if known.stateful_step_count == steps)
-            return f"python -m pytest {_TEST}{options} --replay '{name}:{match[1]}'"
+            return f"python -m pytest {test}{options} --replay '{name}:{match[1]}'"
     return None

@@ -134,13 +134,16 @@ class Served:
         if device is None or sim is None or len(sim.rings) != len(device._queues):
             return  # not up yet, or being taken down
         serving = 0
+        # What a worker has and has not sent yet.
+        has_handed = {ring.queue_id: bool(ring._handed) for ring in sim.rings}
         for queue, sim_queue in zip(device._queues, sim.queues, strict=True):
-            unsent = bool(queue._answers)
+            handed = has_handed[queue.queue_id]
+            unsent = bool(queue._answers) or handed
             unseen = operator.length_hint(queue.events) > 0
             for state, sim_tag in zip(queue.tags._states, sim_queue.tags, strict=True):
                 # The tags that rest are most of them.
                 if not (state is TagState.FETCHING and sim_tag.flags == ACTIVE and sim_tag.request is None):
-                    self._check_tag(queue, state, sim_tag, idle=idle, unsent=unsent, unseen=unseen)
+                    self._check_tag(queue, state, sim_tag, idle=idle, unsent=unsent, unseen=unseen, handed=handed)
             if queue._pool is not None:
                 self._check_pool(queue)
             if idle:
@@ -158,12 +161,14 @@ class Served:
     def _is_served(queue: Queue, tag: int) -> bool:
         return queue._pool is None or queue._requests[tag].op not in _DATA_OPS or queue.ring.slots[tag] != NO_SLOT
 
-    def _check_tag(self, queue: Queue, state: TagState, sim: SimTag, *, idle: bool, unsent: bool, unseen: bool) -> None:
+    def _check_tag(
+        self, queue: Queue, state: TagState, sim: SimTag, *, idle: bool, unsent: bool, unseen: bool, handed: bool
+    ) -> None:
         flags = sim.flags
         if state is TagState.FETCHING:
             with_kernel = flags == ACTIVE and (not idle or sim.request is None)
             on_its_way = bool(flags & OWNED_BY_SRV) and (unsent or unseen)
-            agrees = with_kernel or on_its_way or bool(flags & CANCELED and not idle)
+            agrees = with_kernel or on_its_way or bool(flags & CANCELED and not idle) or (not flags and handed)
         elif state is TagState.SERVING:
             agrees = flags == OWNED_BY_SRV and sim.request is not None
         elif state is TagState.ANNOUNCED:
@@ -185,7 +190,8 @@ class Served:
 
     def _check_pool(self, queue: Queue) -> None:
         assert queue._pool is not None
-        places = sorted([*queue._pool._free, *(slot for slot in queue.ring.slots if slot != NO_SLOT)])
+        lent = [slot for _, slot in queue._lent]
+        places = sorted([*queue._pool._free, *lent, *(slot for slot in queue.ring.slots if slot != NO_SLOT)])
         demand(
             places == list(range(len(queue.ring.buffers))),
             "every buffer is in one place",

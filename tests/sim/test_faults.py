@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from tests.sim.mini import Machine, basic_params, live, machine, opened
+from tests.sim.mini import Machine, RawQueue, basic_params, live, machine, opened
 from ublk_trio.kernel_sim import DrawnChoices, SeededChoices, SimKernel
 from ublk_trio.kernel_sim.faults import BY_NAME, FAULTS, ORDINARY, Layer, of_layers
 from ublk_trio.uapi import ControlCommand, DevInfo, IoOp
@@ -62,6 +62,27 @@ async def spurious_wake_up(m: Machine, bad: Bad) -> bool:
             await wait_all_tasks_blocked()
             nursery.cancel_scope.cancel()
         return woke.is_set()
+
+
+async def worker_late(m: Machine, bad: Bad) -> bool:
+    worker = m.kernel.open_worker(0)
+    info = await m.add(0, depth=1)
+    assert await m.set_params(0, basic_params()) == 0
+    char = await m.kernel.open_char_device(info, ioctl_encoded=True)
+    queue = RawQueue(char.open_queue(0, buffers=1, worker=worker))
+    bad.bad = True
+    queue.fetch_all()
+    untaken, fetched = queue.ring.untaken, m.kernel.devices[0].queues[0].fetched
+    assert untaken + fetched == 1
+    with trio.fail_after(30):
+        while queue.ring.untaken:
+            await queue.ring.wait()
+    assert m.kernel.devices[0].queues[0].fetched == 1
+    queue.ring.close()
+    char.close()
+    worker.close()
+    assert await m.delete() == 0
+    return untaken == 1
 
 
 async def late_cancel(m: Machine, bad: Bad) -> bool:
@@ -153,6 +174,7 @@ TRIALS: dict[str, Trial] = {
     "completions-late": completions_late,
     "completions-reordered": completions_reordered,
     "spurious-wake-up": spurious_wake_up,
+    "worker-late": worker_late,
     "late-cancel": late_cancel,
     "held-longer": held_longer,
     "no-memory": no_memory,

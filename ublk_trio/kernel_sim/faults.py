@@ -81,6 +81,14 @@ FAULTS: tuple[Fault, ...] = (
         ordinary=True,
     ),
     Fault(
+        name="worker-late",
+        layer=Layer.RING,
+        happens="what is handed to a worker is with the kernel only when the engine next reaps or waits",
+        permitted="a worker is another thread: it sends answers when it gets to it, in their order",
+        choices=("worker-late",),
+        ordinary=True,
+    ),
+    Fault(
         name="late-cancel",
         layer=Layer.COMMANDS,
         happens="a control command whose caller is cancelled is carried out all the same",

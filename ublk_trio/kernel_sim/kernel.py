@@ -35,6 +35,7 @@ from ublk_trio.kernel_sim.process import CharFile, SimProcess
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimControlRing
 from ublk_trio.kernel_sim.version import MODELLED, KernelVersion
 from ublk_trio.kernel_sim.waits import Held, SimMutex, Steps
+from ublk_trio.kernel_sim.worker import SimWorker
 from ublk_trio.uapi import DevInfo, Feature
 
 if TYPE_CHECKING:
@@ -103,6 +104,9 @@ class SimKernel:
         #: Serialises ADD_DEV and DEL_DEV of all devices.
         self.devices_mutex = SimMutex("of all devices")
         self.control_rings: list[SimControlRing] = []
+        #: The server's, as long as they run; and CPUs on which none can be started. May be filled at any time.
+        self.workers: list[SimWorker] = []
+        self.offline_cpus: set[int] = set()
         #: Those of all processes.
         self.raw_rings: list[SimUring] = []
         self._held: list[Held] = []
@@ -110,6 +114,7 @@ class SimKernel:
         self._settling = False
         self._bios = 0
         self._cpu = 0
+        self._threads = 0
         self._next_pid = _FIRST_PID
 
     # ------------------------------------------------------------------ ring.Kernel
@@ -134,6 +139,11 @@ class SimKernel:
             yield ring
         finally:
             ring.close()
+
+    def open_worker(self, cpu: int) -> SimWorker:
+        # A process's first thread has its pid.
+        self._threads += 1
+        return SimWorker(self, cpu, self.server_pid + self._threads)
 
     async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> SimCharDevice:
         """`ring.Kernel.open_char_device`. Raises `KernelError`: ENOENT without such a device, EACCES, EBUSY while it has an opener."""
@@ -191,6 +201,7 @@ class SimKernel:
         """Names everything that a clean server would have left behind nothing of."""
         found = [f"held command: {held}" for held in self.held_commands()]
         found += ["open control ring"] * len(self.control_rings)
+        found += [f"running {worker}" for worker in self.workers]
         found += [f"open {ring}" for ring in self.raw_rings]
         for dev_id, device in sorted(self.devices.items()):
             found.append(f"device {dev_id}: {device.info.state.name}")

@@ -1,6 +1,6 @@
 """The rings: how a server talks to the driver, without io_uring.
 
-**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole. A reap may find any part of what is
+**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole, also with a worker. A reap may find any part of what is
 ready, in any order, and a wait may end for nothing, as Choices has it; nothing is ever lost: what a reap left makes the
 next `wait` return, and no two reaps in a row find nothing of something.
 **Rejected.** Calls on something closed: `trio.ClosedResourceError`, as the real ring. A second opener, a queue that
@@ -22,7 +22,8 @@ import trio
 from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
-from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics
+from ublk_trio.kernel_sim.worker import SimWorker
+from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics, Worker
 from ublk_trio.uapi import ControlCommand, Feature, IoCommand
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class SimCharDevice:
         device.char = self
         device.opener_pid = device.kernel.server_pid
 
-    def open_queue(self, queue_id: int, *, buffers: int) -> SimQueueRing:
+    def open_queue(self, queue_id: int, *, buffers: int, worker: Worker | None = None) -> SimQueueRing:
+        assert worker is None or isinstance(worker, SimWorker), "a worker belongs to the kernel that made it"
         if self._closed:
             raise trio.ClosedResourceError("the char device is closed")
         device = self._device
@@ -136,7 +138,7 @@ class SimCharDevice:
             raise KernelError(
                 errno.EINVAL, f"cannot map queue {queue_id} of device {device.dev_id}: {errno_text(errno.EINVAL)}"
             )
-        return SimQueueRing(device, queue_id, buffers, refusal=self._refusal)
+        return SimQueueRing(device, queue_id, buffers, refusal=self._refusal, worker=worker)
 
     def close(self) -> None:
         if self._closed:
@@ -161,7 +163,9 @@ class SimCharDevice:
 class SimQueueRing:
     """`ring.QueueRing`: see there. Made by `SimCharDevice.open_queue`."""
 
-    def __init__(self, device: SimDevice, queue_id: int, buffers: int, *, refusal: int) -> None:
+    def __init__(
+        self, device: SimDevice, queue_id: int, buffers: int, *, refusal: int, worker: SimWorker | None = None
+    ) -> None:
         kernel = device.kernel
         self._device = device
         self._kernel = kernel
@@ -174,7 +178,13 @@ class SimQueueRing:
         self._arena = Arena(buffers=buffers, buffer_bytes=buffer_bytes)
         self.buffers: Sequence[memoryview] = self._arena.buffers
         self._slots = make_slots(depth=self._depth, buffers=buffers)
-        self.task: object = threading.get_ident()
+        self._thread = threading.get_ident()
+        self.worker = worker
+        self.task: object = self._thread if worker is None else worker
+        #: What the worker has been given and has not sent yet: answers, each with its slot of then.
+        self._handed: list[tuple[int, int]] = []
+        #: How many of these the engine was told of.
+        self._told_untaken = 0
         self.paranoid = kernel.paranoid
         #: Which tag's command has given a buffer to the kernel; only kept when paranoid.
         self.kernel_holds: dict[int, int] = {}
@@ -201,6 +211,11 @@ class SimQueueRing:
     @property
     def slots(self) -> memoryview:
         return self._slots
+
+    @property
+    def untaken(self) -> int:
+        self._told_untaken = len(self._handed)
+        return self._told_untaken
 
     # ------------------------------------------------------------------ from the driver
 
@@ -246,6 +261,8 @@ class SimQueueRing:
         if "server-killed" in self._kernel.faults:
             self._perhaps_killed()
         self._reaps += 1
+        if self._handed:
+            self._send_handed()
         ready = self._ready
         if not ready:
             return _NOTHING
@@ -309,7 +326,7 @@ class SimQueueRing:
     def commit(self, answers: list[int]) -> None:
         if self._closed:
             raise self._closed_error()
-        if threading.get_ident() != self.task:
+        if threading.get_ident() != self._thread:
             raise KernelError(
                 errno.EEXIST, f"cannot commit: {errno_text(errno.EEXIST)}: a ring belongs to the thread that opened it"
             )
@@ -319,27 +336,44 @@ class SimQueueRing:
         self._answers += len(answers)
         slots = self._slots
         depth = self._depth
-        command = self._queue.command
-        log = self._kernel.log
+        if self.worker is not None and (self._handed or self._kernel.strikes("worker-late")):
+            self._handed += [
+                (answer, slots[tag] if (tag := answer & 0xFFFF) < depth else NO_SLOT) for answer in answers
+            ]
+            # Who sleeps in `wait` is not to sleep on: nothing else would have the worker send.
+            self._lot.unpark_all()
+            return
         for answer in answers:
             tag = answer & 0xFFFF
-            number = answer >> 16 & 0xFFFF
-            slot = slots[tag] if tag < depth else NO_SLOT
-            assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
-            if log is not None:
-                log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
-            # NO_SLOT becomes address 0.
-            refusal = self._refusal or command(self, number, tag, answer >> 32, slot + 1 & NO_SLOT)
-            if refusal:
-                self._queue.refused(number, tag, refusal)
-                self.post_result(tag, refusal)
+            self._send(answer, slots[tag] if tag < depth else NO_SLOT)
+
+    def _send(self, answer: int, slot: int) -> None:
+        tag = answer & 0xFFFF
+        number = answer >> 16 & 0xFFFF
+        assert slot == NO_SLOT or slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
+        log = self._kernel.log
+        if log is not None:
+            log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
+        # NO_SLOT becomes address 0.
+        refusal = self._refusal or self._queue.command(self, number, tag, answer >> 32, slot + 1 & NO_SLOT)
+        if refusal:
+            self._queue.refused(number, tag, refusal)
+            self.post_result(tag, refusal)
+
+    def _send_handed(self) -> None:
+        handed, self._handed = self._handed, []
+        for answer, slot in handed:
+            self._send(answer, slot)
 
     async def wait(self) -> None:
         if self._closed:
             await trio.lowlevel.checkpoint()
             raise self._closed_error()
         self._waits += 1
-        if self._ready or self._wakes_for_nothing():
+        if self._handed:
+            self._send_handed()
+        told, self._told_untaken = self._told_untaken, 0
+        if self._ready or told or self._wakes_for_nothing():
             await trio.lowlevel.checkpoint()
         else:
             await self._lot.park()
@@ -370,6 +404,8 @@ class SimQueueRing:
     def close(self) -> None:
         if self._closed:
             return
+        if self._handed:
+            self._send_handed()
         self._closed = True
         self._ready = []
         self._lot.unpark_all()

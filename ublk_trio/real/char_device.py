@@ -17,6 +17,8 @@ import trio
 
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.real.queue import RealQueueRing, bury_ended
+from ublk_trio.real.worker import RealWorker
+from ublk_trio.ring import Worker
 from ublk_trio.uapi import DevInfo
 
 _BUSY_TRIES = 50
@@ -55,11 +57,17 @@ class RealCharDevice:
         self._info = info
         self._ioctl_encoded = ioctl_encoded
 
-    def open_queue(self, queue_id: int, *, buffers: int) -> RealQueueRing:
+    def open_queue(self, queue_id: int, *, buffers: int, worker: Worker | None = None) -> RealQueueRing:
         if self._fd < 0:
             raise trio.ClosedResourceError("the char device is closed")
+        assert worker is None or isinstance(worker, RealWorker), "a worker belongs to the kernel that made it"
         return RealQueueRing(
-            self._fd, self._info, queue_id=queue_id, buffers=buffers, ioctl_encoded=self._ioctl_encoded
+            self._fd,
+            self._info,
+            queue_id=queue_id,
+            buffers=buffers,
+            ioctl_encoded=self._ioctl_encoded,
+            worker=worker,
         )
 
     def close(self) -> None:

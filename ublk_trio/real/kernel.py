@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ublk_trio.real.char_device import RealCharDevice, open_char_device
 from ublk_trio.real.control import RealControlRing
 from ublk_trio.real.users import users_of
+from ublk_trio.real.worker import RealWorker
 from ublk_trio.uapi import DevInfo
 
 if TYPE_CHECKING:
@@ -42,6 +43,9 @@ class RealKernel:
             yield ring
         finally:
             await ring.aclose()
+
+    def open_worker(self, cpu: int) -> RealWorker:
+        return RealWorker(cpu)
 
     async def open_char_device(self, info: DevInfo, *, ioctl_encoded: bool) -> RealCharDevice:
         return await open_char_device(info, ioctl_encoded=ioctl_encoded)

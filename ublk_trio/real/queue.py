@@ -8,6 +8,8 @@ Some facts, and what they mean here:
   wait (epoll_ctl, epoll_wait), and task work that arrives while it sleeps there wakes it. So no wake-up is lost.
 - Which is not so with DEFER_TASKRUN: there only a call that asks for events runs task work, and the descriptor never becomes readable. It is not
   used here.
+- The ring of a worker is the worker's: what is called here is the worker's side of native/worker.c, which has the same calls. The descriptor to
+  wait for is then one that the worker writes to, and only when it was armed.
 - Exiting a ring only begins its end. Until a kernel worker has cancelled its commands, a request may still arrive and be copied
   into the arena: if the arena were unmapped by then, into whatever was mapped there next. So the arena's addresses outlive the ring until the kernel
   says, through the witness (see struct ut_queue), that the ring is gone. Its memory goes at once.
@@ -18,20 +20,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
+import attrs
 import trio
 
 from ublk_trio import uapi
 from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.real import native
+from ublk_trio.real.worker import RealWorker
 from ublk_trio.ring import EVENT, RingStatistics
 from ublk_trio.uapi import DevInfo, Feature, IoCommand
 
 if TYPE_CHECKING:
-    from typing import Any
+    from ublk_trio.real._native import _Lib
 
 _EVENT_BYTES = EVENT.size
 
@@ -40,12 +44,57 @@ _EVENT_BYTES = EVENT.size
 _ending: list[tuple[int, Arena]] = []
 
 
-class RealQueueRing:
-    """`ring.QueueRing` on io_uring. Made by `CharDevice.open_queue`, for the thread that calls it."""
+@attrs.frozen(kw_only=True)
+class _Calls:
+    """The native calls on one kind of queue: a ring of this thread's, or a worker's."""
 
-    def __init__(self, char_fd: int, info: DevInfo, *, queue_id: int, buffers: int, ioctl_encoded: bool) -> None:
+    fd: Callable[[Any], int]
+    events_max: Callable[[Any], int]
+    reap: Callable[[Any, Any, int], int]
+    commit: Callable[[Any, list[int], int], int]
+    counters: Callable[[Any, Any], None]
+    close: Callable[[Any], int]
+
+
+def _calls_of_thread(lib: _Lib) -> _Calls:
+    return _Calls(
+        fd=lib.ut_queue_fd,
+        events_max=lib.ut_queue_events_max,
+        reap=lib.ut_queue_reap,
+        commit=lib.ut_queue_commit,
+        counters=lib.ut_queue_counters,
+        close=lib.ut_queue_close,
+    )
+
+
+def _calls_of_worker(lib: _Lib) -> _Calls:
+    return _Calls(
+        fd=lib.ut_worker_queue_fd,
+        events_max=lib.ut_worker_queue_events_max,
+        reap=lib.ut_worker_queue_reap,
+        commit=lib.ut_worker_queue_commit,
+        counters=lib.ut_worker_queue_counters,
+        close=lib.ut_worker_queue_close,
+    )
+
+
+class RealQueueRing:
+    """`ring.QueueRing` on io_uring. Made by `CharDevice.open_queue`, for the thread that calls it, or for a worker's."""
+
+    def __init__(
+        self,
+        char_fd: int,
+        info: DevInfo,
+        *,
+        queue_id: int,
+        buffers: int,
+        ioctl_encoded: bool,
+        worker: RealWorker | None = None,
+    ) -> None:
         bury_ended()
         self._ffi, self._lib = native.load()
+        self._calls = _calls_of_worker(self._lib) if worker is not None else _calls_of_thread(self._lib)
+        self._worker = worker
         self._queue_id = queue_id
         self._depth = info.queue_depth
         self._arena = Arena(buffers=buffers, buffer_bytes=info.max_io_buf_bytes)
@@ -59,15 +108,17 @@ class RealQueueRing:
         except BaseException:
             self._arena.close()
             raise
-        self._fd = self._lib.ut_queue_fd(self._queue)
-        self._events_max = self._lib.ut_queue_events_max(self._queue)
+        if worker is not None:
+            worker.queues += 1
+        self._fd = self._calls.fd(self._queue)
+        self._events_max = self._calls.events_max(self._queue)
         event_bytes = bytearray(self._events_max * EVENT.size)
         self._event_bytes = memoryview(event_bytes).toreadonly()
         self._events = self._ffi.from_buffer("struct ut_event[]", event_bytes, require_writable=True)
         self._nothing = self._event_bytes[:0]
         # Bound once: these two calls are all that a request costs here.
-        self._native_reap = self._lib.ut_queue_reap
-        self._native_commit = self._lib.ut_queue_commit
+        self._native_reap = self._calls.reap
+        self._native_commit = self._calls.commit
 
     def _open(self, char_fd: int, info: DevInfo, ioctl_encoded: bool) -> Any:
         descriptor_bytes = info.io_desc_size if Feature.IO_DESC_SIZE in info.flags else uapi.IO_DESC_SIZE
@@ -92,8 +143,12 @@ class RealQueueRing:
         config.slots = self._slots_pointer
         config.buffer_stride = self._arena.stride
         config.buffers = len(self._buffers)
-        opened = self._ffi.new("struct ut_queue **")
-        error = self._lib.ut_queue_open(opened, config)
+        if self._worker is None:
+            opened = self._ffi.new("struct ut_queue **")
+            error = self._lib.ut_queue_open(opened, config)
+        else:
+            opened = self._ffi.new("struct ut_worker_queue **")
+            error = self._lib.ut_worker_queue_open(opened, self._worker.pointer, config)
         if error < 0:
             call = self._ffi.string(config.failed).decode()
             self._release_pointers()
@@ -114,6 +169,16 @@ class RealQueueRing:
     @property
     def depth(self) -> int:
         return self._depth
+
+    @property
+    def worker(self) -> RealWorker | None:
+        return self._worker
+
+    @property
+    def untaken(self) -> int:
+        if self._worker is None or self._queue == self._ffi.NULL:
+            return 0
+        return self._lib.ut_worker_queue_untaken(self._queue)
 
     @property
     def buffers(self) -> Sequence[memoryview]:
@@ -150,6 +215,9 @@ class RealQueueRing:
             await trio.lowlevel.checkpoint()
             raise trio.ClosedResourceError("the queue ring is closed")
         self._waits += 1
+        if self._worker is not None and self._lib.ut_worker_queue_arm(self._queue):
+            await trio.lowlevel.checkpoint()
+            return
         self._waiting = True
         try:
             await trio.lowlevel.wait_readable(self._fd)
@@ -158,7 +226,7 @@ class RealQueueRing:
 
     def statistics(self) -> RingStatistics:
         if self._queue != self._ffi.NULL:
-            self._lib.ut_queue_counters(self._queue, self._counters)
+            self._calls.counters(self._queue, self._counters)
         counters = self._counters
         return RingStatistics(
             reaps=counters.reaps,
@@ -173,9 +241,11 @@ class RealQueueRing:
             return
         if self._waiting:
             trio.lowlevel.notify_closing(self._fd)
-        self._lib.ut_queue_counters(self._queue, self._counters)
-        witness = self._lib.ut_queue_close(self._queue)
+        self._calls.counters(self._queue, self._counters)
+        witness = self._calls.close(self._queue)
         self._queue = self._ffi.NULL
+        if self._worker is not None:
+            self._worker.queues -= 1
         self._release_pointers()
         self._buffers = ()
         self._arena.discard()
