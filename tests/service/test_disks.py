@@ -13,8 +13,9 @@ import trio
 import trio.testing
 
 from tests.test_recover import calm_kernel, dead_device
-from ublk_trio import Backend, BackendError, DeviceOptions, Memory, Recovery, SimKernel, UsageError
+from ublk_trio import Backend, BackendError, DeviceOptions, KernelError, Memory, Recovery, SimKernel, UsageError
 from ublk_trio.bdev import Registry, open_registry
+from ublk_trio.service.cpumask import format_list
 from ublk_trio.service.disks import Disks, DiskState, open_disks
 
 SIZE = 64 * 1024
@@ -90,16 +91,39 @@ async def test_targets_are_created_once() -> None:
 
 
 async def test_the_mask_holds_while_the_target_does() -> None:
-    """The thread that serves runs on the mask's CPUs, and where it ran before when the target is gone."""
+    """The thread that serves runs on the mask's CPUs, each has a worker, and all is as it was before when the target is gone."""
     before = os.sched_getaffinity(0)
     first = min(before)
     async with open_bench(target=False) as bench:
         await bench.disks.create_target(cpumask=f"[{first}]")
         assert os.sched_getaffinity(0) == {first}
         assert bench.disks.cpus == frozenset({first})
+        assert [worker.cpu for worker in bench.kernel.workers] == [first]
+        disk = await bench.disks.start_disk("a", DeviceOptions(queues=2))
+        assert disk.device is not None
+        assert [queue.cpu for queue in disk.device.statistics().queues] == [first, first]
         await bench.disks.destroy_target()
         assert os.sched_getaffinity(0) == before
         assert bench.disks.cpus is None
+
+
+async def test_without_a_mask_there_is_no_worker() -> None:
+    """A target that is created without one is served by one thread alone."""
+    async with open_bench(target=False) as bench:
+        await bench.disks.create_target()
+        assert bench.kernel.workers == []
+
+
+async def test_a_mask_with_a_cpu_that_is_offline() -> None:
+    """It is EINVAL, and then there is no target, no worker, and the thread runs where it ran before."""
+    before = os.sched_getaffinity(0)
+    async with open_bench(target=False) as bench:
+        bench.kernel.offline_cpus.add(max(before))
+        with pytest.raises(KernelError) as raised:
+            await bench.disks.create_target(cpumask=format_list(before))
+        assert raised.value.errno == errno.EINVAL
+        assert (bench.kernel.workers, bench.disks.cpus, os.sched_getaffinity(0)) == ([], None, before)
+        await bench.disks.create_target()
 
 
 async def test_disks_by_id() -> None:

@@ -125,26 +125,28 @@ class Disks:
     # The target ------------------------------------------------------------------------------------------------------
 
     async def create_target(self, *, cpumask: str | None = None, disable_user_copy: bool = False) -> None:
-        """Open the kernel's driver for disks. The thread that serves them runs on the CPUs of the mask from now on.
+        """Open the kernel's driver for disks. With a mask there is a worker on each of its CPUs, over which the disks' queues are
+        spread in turn, and the thread that serves runs on those CPUs, too. Without, that thread is all.
 
-        Raises `BackendError` (EBUSY), `UsageError` for a wrong mask, `KernelUnavailableError`.
+        Raises `BackendError` (EBUSY), `UsageError` for a wrong mask, `KernelError` (EINVAL) for a CPU that is offline,
+        `KernelUnavailableError`.
         """
         if self._creating or self._running is not None:
             raise BackendError(errno.EBUSY, "there is a target already: destroy it first, or use it")
         cpus = frozenset(os.sched_getaffinity(0)) if cpumask is None else parse_cpumask(cpumask)
         self._creating = True
         try:
-            self._running = await self._nursery.start(self._hold_target, cpus, disable_user_copy)
+            self._running = await self._nursery.start(self._hold_target, cpus, cpumask is not None, disable_user_copy)
         finally:
             self._creating = False
 
     async def _hold_target(
-        self, cpus: frozenset[int], disable_user_copy: bool, *, task_status: trio.TaskStatus[_Running]
+        self, cpus: frozenset[int], workers: bool, disable_user_copy: bool, *, task_status: trio.TaskStatus[_Running]
     ) -> None:
         running: _Running | None = None
         try:
             with _confined_to(cpus):
-                async with open_target(self._kernel) as target:
+                async with open_target(self._kernel, cpus=cpus if workers else None) as target:
                     running = _Running(target=target, cpus=cpus, disable_user_copy=disable_user_copy)
                     task_status.started(running)
                     await running.end.wait()
