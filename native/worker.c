@@ -34,6 +34,9 @@
 /* A worker calls nothing that needs more. */
 #define STACK_BYTES (256 * 1024)
 
+/* More than any kernel is built for: a larger number is a mistake, and its set of CPUs would cost memory. */
+#define CPUS_MAX (1U << 16)
+
 /* How many readable rings one epoll_wait tells of. The others are found all the same. */
 #define READABLE_MAX 16
 
@@ -344,11 +347,15 @@ static int start_thread(struct ut_worker *worker)
 /* Starts a thread on that CPU. -EINVAL: this process may not run there, or the CPU is offline. */
 int ut_worker_open(struct ut_worker **opened, unsigned cpu, const char **failed)
 {
-	struct ut_worker *worker = calloc(1, sizeof *worker);
 	struct epoll_event woken = { .events = EPOLLIN | EPOLLET };
+	struct ut_worker *worker;
 	int error;
 
+	*failed = "ut_worker_open";
+	if (cpu >= CPUS_MAX)
+		return -EINVAL;
 	*failed = "calloc";
+	worker = calloc(1, sizeof *worker);
 	if (!worker)
 		return -ENOMEM;
 	worker->cpu = cpu;

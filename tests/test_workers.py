@@ -89,9 +89,10 @@ async def test_cpus_that_cannot_be() -> None:
             pass
     assert raised.value.errno == errno.EINVAL
     assert "\n" not in str(raised.value)
-    with pytest.raises(UsageError):
-        async with open_target(kernel, cpus=[]):
-            pass
+    for none in ([], [0, -1]):
+        with pytest.raises(UsageError):
+            async with open_target(kernel, cpus=none):
+                pass
     assert kernel.leftovers() == []
 
 

@@ -28,13 +28,13 @@ class Workers:
 def open_workers(kernel: Kernel, cpus: Collection[int] | None) -> Iterator[Workers | None]:
     """A worker on each of the CPUs, by number; None without any. Their queues must be closed before the end of the block.
 
-    Raises `UsageError` for an empty set, `KernelError` (EINVAL) for a CPU on which this process may not run or that is offline.
+    Raises `UsageError` for an empty set and negative numbers, `KernelError` (EINVAL) for a CPU on which this process may not run or that is offline.
     """
     if cpus is None:
         yield None
         return
-    if not cpus:
-        raise UsageError("workers need a CPU: give at least one, or None for no workers")
+    if not cpus or min(cpus) < 0:
+        raise UsageError(f"workers need CPUs, by number: {cpus!r} is none; without workers give None")
     with ExitStack() as stack:
         workers = []
         for cpu in sorted(frozenset(cpus)):

@@ -35,7 +35,9 @@ class Leftovers:
         """What is there now."""
         bury_ended()
         return cls(
-            things=frozenset(_nodes() | _entries() | _processes() | _open_files() | _mappings() | _mounts() | _rights())
+            things=frozenset(
+                _nodes() | _entries() | _processes() | _threads() | _open_files() | _mappings() | _mounts() | _rights()
+            )
         )
 
     def new(self) -> list[str]:
@@ -93,12 +95,23 @@ def _processes() -> set[str]:
     return found
 
 
+def _threads() -> set[str]:
+    """Workers of this process: by their names."""
+    found = set()
+    for directory in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            name = directory.joinpath("comm").read_text(encoding="ascii").strip()
+            if name.startswith("ublk-cpu"):
+                found.add(f"thread {directory.name} {name}")
+    return found
+
+
 def _open_files() -> set[str]:
     links = set()
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(FileNotFoundError):
             link = os.readlink(f"/proc/self/fd/{fd}")
-            if "ublk" in link or "io_uring" in link:
+            if any(kind in link for kind in ("ublk", "io_uring", "eventfd", "eventpoll")):
                 links.add(f"descriptor {fd} {link}")
     return links
 

@@ -23,7 +23,7 @@ from tests.property.model import BrokenError, demand
 from tests.property.pumped import AtStep, PumpedRun
 from tests.property.reports import PROFILE
 from ublk_trio import DataMode, Device, DeviceOptions, SimKernel, Target, open_target
-from ublk_trio.kernel_sim import Bio, Choices, FirstChoice, SeededChoices
+from ublk_trio.kernel_sim import Bio, Choices, DrawnChoices, FirstChoice, SeededChoices
 from ublk_trio.uapi import IoOp
 
 How = Literal["cancel", "raise", "cancel start"]
@@ -39,6 +39,8 @@ class Scenario:
     choices: Choices
     #: What each suspension of the async disk is: 2 is a single pass, 0 waits until it is cancelled.
     suspend_for: int
+    #: Where the target has workers; None: it has none.
+    cpus: tuple[int, ...] | None = None
     kernel: SimKernel = attrs.field(init=False)
     disks: list[Disk] = attrs.field(init=False)
     bios: list[Bio] = attrs.Factory(list)
@@ -68,10 +70,10 @@ class Scenario:
     async def main(self) -> None:
         if self.how == "cancel":
             with self.scope:
-                async with open_target(self.kernel) as target:
+                async with open_target(self.kernel, cpus=self.cpus) as target:
                     await self._body(target)
             return
-        async with open_target(self.kernel) as target:
+        async with open_target(self.kernel, cpus=self.cpus) as target:
             if self.how == "cancel start":
                 await self._body(target)
                 return
@@ -176,3 +178,10 @@ def test_interrupted_at_every_step(how: How, suspend_for: int, seed: int | None)
         lambda: Scenario(how, FirstChoice() if seed is None else SeededChoices(seed), suspend_for)
     )
     assert steps > 25, "the scenario has steps to interrupt"
+
+
+@pytest.mark.parametrize("how", ["cancel", "raise", "cancel start"])
+def test_interrupted_at_every_step_with_late_workers(how: How) -> None:
+    """The same of a target with workers that send as late as they can."""
+    late = DrawnChoices(lambda what, options: options - 1 if what == "worker-late" else 0)
+    assert interrupt_everywhere(lambda: Scenario(how, late, suspend_for=2, cpus=(0, 1))) > 25
