@@ -272,7 +272,7 @@ class Run:
         assert {name for name, bdev in bdevs.items() if bdev.claimed_by is not None} == set(disks.values())
         ours = set(self.arm.kernel.device_ids()) - set(disks)
         assert ours <= {LEFT}
-        target = service.disks.cpus is not None
+        target = service.disks.has_target
         assert target or not disks
         bdev_sizes = {name: bdev.size for name, bdev in bdevs.items()}
         sizes = self.sizes()

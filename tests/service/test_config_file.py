@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from ublk_trio import SimKernel, UsageError
 from ublk_trio.rpc import Dispatcher
 from ublk_trio.service.config_file import Entry, apply_config, read_config
+from ublk_trio.service.cpumask import format_cpumask
 from ublk_trio.service.methods import METHODS
 from ublk_trio.service.methods_config import save
 from ublk_trio.service.service import Service, open_service
@@ -204,10 +206,15 @@ DISKS = st.lists(
 
 
 @settings(max_examples=50, deadline=None)
-@given(bdevs=BDEVS, disks=DISKS)
-def test_what_is_saved_makes_the_same_again(bdevs: Any, disks: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The saved configuration of a service that was made from one is the same, byte for byte."""
+@given(bdevs=BDEVS, disks=DISKS, masked=st.booleans())
+def test_what_is_saved_makes_the_same_again(
+    bdevs: Any, disks: Any, masked: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """The saved configuration of a service that was made from one is the same, byte for byte; workers only with a mask."""
     import trio
+
+    mask = {"cpumask": format_cpumask({min(os.sched_getaffinity(0))})} if masked else {}
+    kernel = SimKernel()
 
     async def run() -> None:
         async with open_service(SimKernel()) as first:
@@ -216,15 +223,16 @@ def test_what_is_saved_makes_the_same_again(bdevs: Any, disks: Any, tmp_path_fac
                 params = {"name": f"b{number}", "block_size": block_size, "num_blocks": blocks * 8}
                 await call(f"bdev_{kind}_create", params | ({} if uuid is None else {"uuid": str(uuid)}))
             if disks:
-                await call("ublk_create_target")
+                await call("ublk_create_target", mask)
             for number, (queues, depth, recovery, read_only) in enumerate(disks[: len(bdevs)]):
                 params = {"bdev_name": f"b{number}", "ublk_id": 9 - number, "num_queues": queues, "queue_depth": depth}
                 more = {"read_only": read_only} | ({} if recovery is None else {"recovery": recovery})
                 await call("ublk_start_disk", params | more)
             saved = json.dumps(save(first))
         path = write(tmp_path_factory.mktemp("config"), saved, "saved.json")
-        async with open_service(SimKernel()) as second:
+        async with open_service(kernel) as second:
             await apply_config(dispatcher_of(second), second, read_config(path))
             assert json.dumps(save(second)) == saved
+            assert len(kernel.workers) == (1 if masked and disks else 0)
 
     trio.run(run)

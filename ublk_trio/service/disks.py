@@ -102,7 +102,8 @@ class _Running:
     """A target that was created."""
 
     target: Target
-    cpus: frozenset[int]
+    #: Of its mask; None if none was given.
+    cpus: frozenset[int] | None
     #: As it was given, for those who ask; the engine does not use the kernel's user copy.
     disable_user_copy: bool
     destroying: bool = False
@@ -133,20 +134,20 @@ class Disks:
         """
         if self._creating or self._running is not None:
             raise BackendError(errno.EBUSY, "there is a target already: destroy it first, or use it")
-        cpus = frozenset(os.sched_getaffinity(0)) if cpumask is None else parse_cpumask(cpumask)
+        cpus = None if cpumask is None else parse_cpumask(cpumask)
         self._creating = True
         try:
-            self._running = await self._nursery.start(self._hold_target, cpus, cpumask is not None, disable_user_copy)
+            self._running = await self._nursery.start(self._hold_target, cpus, disable_user_copy)
         finally:
             self._creating = False
 
     async def _hold_target(
-        self, cpus: frozenset[int], workers: bool, disable_user_copy: bool, *, task_status: trio.TaskStatus[_Running]
+        self, cpus: frozenset[int] | None, disable_user_copy: bool, *, task_status: trio.TaskStatus[_Running]
     ) -> None:
         running: _Running | None = None
         try:
             with _confined_to(cpus):
-                async with open_target(self._kernel, cpus=cpus if workers else None) as target:
+                async with open_target(self._kernel, cpus=cpus) as target:
                     running = _Running(target=target, cpus=cpus, disable_user_copy=disable_user_copy)
                     task_status.started(running)
                     await running.end.wait()
@@ -177,8 +178,13 @@ class Disks:
             running.end.set()
 
     @property
+    def has_target(self) -> bool:
+        """Whether there is a target, also while it is being destroyed."""
+        return self._running is not None
+
+    @property
     def cpus(self) -> frozenset[int] | None:
-        """The CPUs of the target; None without one."""
+        """The CPUs of the target's mask; None without a target, or without a mask."""
         return None if self._running is None else self._running.cpus
 
     @property
@@ -293,7 +299,10 @@ def _explained(dev_id: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _confined_to(cpus: frozenset[int]) -> Iterator[None]:
+def _confined_to(cpus: frozenset[int] | None) -> Iterator[None]:
+    if cpus is None:
+        yield
+        return
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, cpus)
     try:

@@ -38,9 +38,11 @@ def _bdev_calls(service: Service) -> list[Call]:
 
 def _ublk_calls(service: Service) -> list[Call]:
     disks = service.disks
-    if disks.cpus is None:
+    if not disks.has_target:
         return []
-    target = {"cpumask": format_cpumask(disks.cpus), "disable_user_copy": disks.disable_user_copy}
+    # With a mask there are workers: it is not made up.
+    mask = {} if disks.cpus is None else {"cpumask": format_cpumask(disks.cpus)}
+    target = {**mask, "disable_user_copy": disks.disable_user_copy}
     return [Call(method="ublk_create_target", params=target), *(_start_call(disk) for disk in disks)]
 
 
