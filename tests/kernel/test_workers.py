@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -44,9 +45,14 @@ def status_of(pid: int, thread_id: int) -> dict[str, str]:
 
 
 def workers_of(pid: int) -> dict[str, dict[str, str]]:
-    """The workers of a process, by name."""
-    threads = (status_of(pid, int(path.name)) for path in Path(f"/proc/{pid}/task").iterdir())
-    return {status["Name"]: status for status in threads if status["Name"].startswith("ublk-cpu")}
+    """The workers of a process, by name. A thread that was waited for is still listed for a moment."""
+    found = {}
+    for path in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            status = status_of(pid, int(path.name))
+            if status["Name"].startswith("ublk-cpu"):
+                found[status["Name"]] = status
+    return found
 
 
 def check_pinned(pid: int) -> None:
@@ -90,7 +96,7 @@ async def test_every_byte() -> None:
             await fio_verify(device.path)
             await use_every_queue(device)
             assert all(queue.requests for queue in device.statistics().queues)
-    assert workers_of(os.getpid()) == {}
+    await wait_until(lambda: workers_of(os.getpid()) == {})
 
 
 async def test_a_cpu_that_there_is_not() -> None:
@@ -101,7 +107,7 @@ async def test_a_cpu_that_there_is_not() -> None:
             pass
     assert raised.value.errno == errno.EINVAL
     assert "\n" not in str(raised.value)
-    assert before.new() == []
+    assert before.wait_for_new() == []
 
 
 async def _released_and_recovered(target: Target, device: Device, image: Path) -> Device:
@@ -135,7 +141,7 @@ async def test_ends_under_load(tmp_path: Path) -> None:
             await nursery.start(cancelled.run)
             target._nursery.cancel_scope.cancel()
         cancelled.check_disk_went_away()
-    assert workers_of(os.getpid()) == {}
+    await wait_until(lambda: workers_of(os.getpid()) == {})
 
 
 async def test_killed_server(tmp_path: Path) -> None:
