@@ -150,6 +150,7 @@ RESULTS = [
     (IoOp.WRITE, 1023, "short-write"),
     (IoOp.WRITE, 1025, "result-too-long"),
     (IoOp.DISCARD, 0, None),
+    (IoOp.DISCARD, 1, None),
     (IoOp.DISCARD, -1, None),
     (IoOp.DISCARD, 1025, "result-too-long"),
     (IoOp.FLUSH, 0, None),

@@ -229,6 +229,18 @@ def test_a_request_comes_to_the_ring_of_the_last_command(version: tuple[int, int
     assert server.delivered(second).result == 0
 
 
+def test_a_writes_data_go_with_the_ring_that_asked() -> None:
+    """The end of the ring that sent NEED_GET_DATA, not of the one that got the announcement, ends a WRITE that is yet to be announced again."""
+    server = raw_server(raw_kernel(), flags=Feature.NEED_GET_DATA, depth=1)
+    second = SimUring(server.tasks[0])
+    bio = server.disk.submit(IoOp.WRITE, 0, b"d" * 512)
+    assert server.delivered().result == 1
+    second.submit([server.io_sqe(GET_DATA, 0, addr=0)])
+    assert bio.result is None
+    second.close()
+    assert bio.result == -errno.EIO
+
+
 def test_a_writes_data_are_asked_for_once() -> None:
     """From NEED_GET_DATA to its completion the tag is the driver's: a second command is EBUSY."""
     server = raw_server(raw_kernel(), flags=Feature.NEED_GET_DATA, depth=1)

@@ -76,6 +76,8 @@ class SimTag:
     delivered_flags: int
     #: How much of a WRITE's data was copied to a raw ring's server; -1 where nothing was.
     sectors_copied: int
+    #: When the request's time is up; kept where somebody would mind.
+    deadline: float
     #: Of the commit, with `committed`.
     result: int
 
@@ -88,8 +90,6 @@ class SimTag:
         self.flags = 0
         self.address = 0
         self.request: Request | None = None
-        #: When its time is up; kept where somebody would mind.
-        self.deadline = 0.0
         #: Where the pending command came from, and will be completed.
         self.ring: CommandRing | None = None
         #: References to the request's data, besides the server's own until it commits.
