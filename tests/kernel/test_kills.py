@@ -1,6 +1,6 @@
 """kill -9 of one server after the other while fio writes and verifies: each way of recovery keeps what it promises.
 
-So often on each kernel: `UBLK_TRIO_KILLS=20`; by default a few times.
+So often: `UBLK_TRIO_KILLS=20`; by default a few times.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import trio
 
 from tests.kernel.forked_servers import ForkedServer, ForkedServers, forked_servers
 from tests.kernel.programs import Load, exists, make_file, requests_done, wait_until
-from tests.kernel.test_recovery import KILL_UNDER_LOAD, kernel_has
+from tests.kernel.test_recovery import under_load
 from ublk_trio import Backend, DeviceOptions, File, RealKernel, Recovery
 from ublk_trio.backends import Delay
 from ublk_trio.backends.base import Result
 from ublk_trio.control import open_control
-from ublk_trio.uapi import DeviceState, Feature
+from ublk_trio.uapi import DeviceState
 
+pytestmark = under_load
 KILLS = int(os.environ.get("UBLK_TRIO_KILLS", "3"))
 SIZE = 8 << 20
 #: Bytes that fio writes, then verifies, then writes again.
@@ -32,7 +33,6 @@ REGION = 1 << 20
 DEPTH = 16
 #: Microseconds by which a server that will be killed is late with each write: so it holds some whenever it is killed.
 LATE_US = 400_000
-OPTIONS = DeviceOptions(queues=2, depth=DEPTH, max_io_bytes=65536)
 
 
 #: Errors that do not end fio, in its notation: of reads, then of writes.
@@ -74,27 +74,14 @@ def writes_in_flight(disk: str) -> int:
     return _counts(disk, "inflight")[1]
 
 
-def is_idle(disk: str) -> bool:
-    return _counts(disk, "inflight") == [0, 0]
-
-
 def bytes_read(disk: str) -> int:
     return _counts(disk, "stat")[2] * 512
 
 
 async def _kill(server: ForkedServer, load: Load) -> None:
-    """With writes in its hands, where the kernel survives that; else in a pause of the load, which then goes on."""
-    if KILL_UNDER_LOAD:
-        await wait_until(lambda: writes_in_flight(server.disk) > 0 or not load.is_running)
-        await server.kill()
-        return
-    await load.pause()
-    await wait_until(lambda: is_idle(server.disk))
+    """With writes in its hands."""
+    await wait_until(lambda: writes_in_flight(server.disk) > 0 or not load.is_running)
     await server.kill()
-    # Where requests came before the kernel had noticed, the load was seen to stand still in one of twenty kills.
-    await wait_until_without_server(server.dev_id, DeviceState.QUIESCED)
-    # What comes now waits for the next server.
-    load.resume()
 
 
 async def _verified_through_kills(
@@ -152,7 +139,7 @@ def check(load: VerifiedWrites, recovery: Recovery, kills: int) -> None:
     eio, remote = (errors.pop(os.strerror(number), 0) for number in (errno.EIO, errno.EREMOTEIO))
     assert not errors
     assert remote == 0 if recovery is not Recovery.FAIL else remote >= kills
-    if recovery is Recovery.REISSUE or not KILL_UNDER_LOAD:
+    if recovery is Recovery.REISSUE:
         assert eio == 0
     elif recovery is Recovery.REQUEUE:
         assert kills <= eio <= kills * DEPTH
@@ -164,8 +151,6 @@ def check(load: VerifiedWrites, recovery: Recovery, kills: int) -> None:
 @pytest.mark.parametrize("recovery", [Recovery.REQUEUE, Recovery.REISSUE, Recovery.FAIL])
 async def test_verified_through_kills(tmp_path: Path, recovery: Recovery, capsys: pytest.CaptureFixture[str]) -> None:
     """However often the server is killed, what fio wrote is there, and only what the mode says fails: nothing with reissue."""
-    if recovery is Recovery.FAIL and not await kernel_has(Feature.USER_RECOVERY_FAIL_IO):
-        return  # test_fail_until_recovered has what is said then
     image = str(make_file(tmp_path / "image", SIZE))
     async with forked_servers() as servers:
         load = await _verified_through_kills(
@@ -204,8 +189,6 @@ class Forgetful(File):
 @pytest.mark.parametrize("bug", ["lost-writes", "reissued"])
 async def test_a_planted_bug_is_found(tmp_path: Path, bug: str) -> None:
     """A backend that loses writes with its process, and a disk that reissues what it should fail, are noticed."""
-    if bug == "reissued" and not KILL_UNDER_LOAD:
-        return  # there the killed server had nothing that could be reissued
     image = str(make_file(tmp_path / "image", SIZE))
     make: Callable[[], Backend] = functools.partial(Forgetful if bug == "lost-writes" else late_file, image)
     async with forked_servers() as servers:

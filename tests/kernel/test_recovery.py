@@ -32,8 +32,8 @@ OPTIONS = ["--queues", "2", "--depth", "16", "--max-io", "64K"]
 
 #: Killing a busy server that asked for recovery made 6.12.107 dereference a null pointer in ublk_drv, and the whole machine
 #: is in doubt after that.
-KILL_UNDER_LOAD = tuple(int(number) for number in os.uname().release.split(".")[:2]) >= (6, 15)
-under_load = pytest.mark.skipif(not KILL_UNDER_LOAD, reason="Linux before 6.15 crashes when a busy server is killed")
+_RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
+under_load = pytest.mark.skipif(_RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
 
 
 async def kernel_has(feature: Feature) -> bool:
