@@ -14,7 +14,7 @@ from ublk_trio.handlers import Serve
 from ublk_trio.kernel_sim.faults import FAULTS, Layer
 
 #: The faults that a run may have, in the order of their bits; those of storage are tests/property/test_durability.py's, and where
-#: there are workers (tests/property/test_workers.py) they are always late.
+#: there are workers (tests/property/test_with_workers.py) they are always late.
 FAULT_NAMES = tuple(fault.name for fault in FAULTS if fault.layer is not Layer.STORAGE and fault.name != "worker-late")
 #: What the target's owner may do besides letting it run.
 DEEDS = ("start", "stop", "leave", "cancel start", "cancel stop", "kill")

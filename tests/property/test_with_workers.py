@@ -18,5 +18,5 @@ def test_engine_and_kernel_agree_with_workers(pytestconfig: pytest.Config) -> No
         settings(SETTINGS, max_examples=EXAMPLES),
         replay=pytestconfig.getoption("--replay", default=None),
         cpus=(0, 1),
-        test="tests/property/test_workers.py",
+        test="tests/property/test_with_workers.py",
     )
