@@ -771,7 +771,7 @@ class Run:
         size = 8 + 8 * (flags & 1) + 4 * (flags & 2)
         payload = struct.pack(
             "=HHHBBQ", queue_id, 0 if multi else flags, words.number("count", 0 if multi else count),
-            words.number("bytes", 0 if multi else size), 0, 0,
+            words.number("bytes", 2 if multi else size), 0, 0,
         )  # fmt: skip
         number = int(IO[name])
         token = self._token()
