@@ -146,8 +146,11 @@ async def test_ends_under_load(tmp_path: Path) -> None:
 
 async def test_killed_server(tmp_path: Path) -> None:
     """A server that is killed under load leaves a disk to remove; another one takes over a disk that may outlive its server."""
-    socket = str(tmp_path / "rpc.sock")
-    image = make_file(tmp_path / "image", 16 * MIB)
+    with trio.fail_after(300):
+        await _killed_and_recovered(str(tmp_path / "rpc.sock"), make_file(tmp_path / "image", 16 * MIB))
+
+
+async def _killed_and_recovered(socket: str, image: Path) -> None:
     async with operated_server(socket) as server, trio.open_nursery() as nursery:
         client = Client(socket)
         await client("bdev_aio_create", name="a", filename=str(image))
@@ -158,10 +161,13 @@ async def test_killed_server(tmp_path: Path) -> None:
         await trio.to_thread.run_sync(write, "/dev/ublkb6", b"kept" * 1024)
         await client("ublk_start_disk", bdev_name="m", ublk_id=7, num_queues=2, recovery="off")
         load = Load("/dev/ublkb7")
-        await nursery.start(load.run)
+        # 6.12's io_uring dereferences a null pointer in some kills of busy workers: work of theirs outlives their rings.
+        if RELEASE >= (6, 15):
+            await nursery.start(load.run)
         server.process.kill()
         assert await server.wait() == -signal.SIGKILL
-    load.check_disk_went_away()
+    if RELEASE >= (6, 15):
+        load.check_disk_went_away()
     async with open_control(RealKernel()) as control:
         await control.stop_device(7)
         await control.delete_device(7)
