@@ -161,7 +161,7 @@ async def _killed_and_recovered(socket: str, image: Path) -> None:
         await trio.to_thread.run_sync(write, "/dev/ublkb6", b"kept" * 1024)
         await client("ublk_start_disk", bdev_name="m", ublk_id=7, num_queues=2, recovery="off")
         load = Load("/dev/ublkb7")
-        # 6.12's io_uring dereferences a null pointer in some kills of busy workers: work of theirs outlives their rings.
+        # 6.12's io_uring dereferenced a null pointer (io_fallback_tw) when busy workers were killed.
         if RELEASE >= (6, 15):
             await nursery.start(load.run)
         server.process.kill()
