@@ -19,6 +19,8 @@ import trio
 CHECKOUT = Path(__file__).resolve().parents[2]
 JOBS = Path(__file__).with_name("verify.fio")
 UBLK_TRIO = (sys.executable, "-m", "ublk_trio")
+#: Of the kernel that runs: its first two numbers.
+RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
 
 #: Seconds. Python needs 5 to 15 s to start in an emulated guest, and much longer when the machine is busy.
 START_SECONDS_MAX = 180.0

@@ -13,6 +13,7 @@ import pytest
 import trio
 
 from tests.kernel.programs import (
+    RELEASE,
     Server,
     make_file,
     recover_server,
@@ -32,8 +33,7 @@ OPTIONS = ["--queues", "2", "--depth", "16", "--max-io", "64K"]
 
 #: Killing a busy server that asked for recovery made 6.12.107 dereference a null pointer in ublk_drv, and the whole machine
 #: is in doubt after that.
-_RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
-under_load = pytest.mark.skipif(_RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
+under_load = pytest.mark.skipif(RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
 
 
 async def kernel_has(feature: Feature) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from tests.kernel.leftovers import Leftovers
-from tests.kernel.programs import Load, exists, fio_verify, make_file, operated_server, run, wait_until
+from tests.kernel.programs import RELEASE, Load, exists, fio_verify, make_file, operated_server, run, wait_until
 from tests.kernel.test_remote_calls import Client, read, write
 from ublk_trio import (
     DataMode,
@@ -32,10 +32,6 @@ MIB = 1 << 20
 #: A guest has two. Where there is more than one, there is more than one worker.
 CPUS = sorted(os.sched_getaffinity(0))[:2]
 MASK = f"{sum(1 << cpu for cpu in CPUS):#x}"
-
-
-#: Before 6.15 the driver warns when a disk is taken over from a thread that still runs, as it does within one process.
-RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
 
 
 def status_of(pid: int, thread_id: int) -> dict[str, str]:
@@ -132,6 +128,7 @@ async def test_ends_under_load(tmp_path: Path) -> None:
             kept = DeviceOptions(queues=2, depth=16, max_io_bytes=64 * 1024, recovery=Recovery.REISSUE)
             device = await target.start_device(File(image), kept)
             await trio.to_thread.run_sync(write, device.path, b"kept" * 1024)
+            # Before, the driver warns when a disk is taken over from a thread that still runs, as it does within one process.
             if RELEASE >= (6, 15):
                 device = await _released_and_recovered(target, device, image)
             assert {queue.cpu for queue in device.statistics().queues} == set(CPUS)
