@@ -186,6 +186,48 @@ def test_backend_that_does_not_answer() -> None:
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+#: Seconds between two requests of each of some programs.
+PAUSES = (0.02, 0.04, 0.06)
+
+
+def _held_when_let_go() -> int:
+    """How many of the requests of programs that pause now and then the old server has when its rings are closed."""
+    held: list[int] = []
+    close_rings = Device._close_rings
+
+    def noted(device: Device) -> None:
+        held.append(sum(len(queue.unanswered()) for queue in device._queues))
+        close_rings(device)
+
+    async def read(kernel: SimKernel, pause: float) -> None:
+        while True:
+            await kernel.block_device(0).read(0, BLOCK)
+            await trio.sleep(pause)
+
+    async def main() -> None:
+        kernel = SimKernel(partition_scan=False, version=(6, 12))
+        async with trio.open_nursery() as nursery:
+            async with open_target(kernel) as target:
+                device = await target.start_device(Memory(MIB), DeviceOptions(recovery=Recovery.REISSUE))
+                for pause in PAUSES:
+                    nursery.start_soon(read, kernel, pause)
+                await trio.sleep(1.0)
+                with mock.patch.object(Device, "_close_rings", noted):
+                    await target.release_device(device)
+                await target.recover_device(0, Memory(MIB))
+                nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+    return held[0]
+
+
+def test_nothing_is_on_its_way_when_it_is_let_go() -> None:
+    """Where the kernel cannot hold requests back, rings are closed when all who use the disk wait: Linux 6.12 may crash else."""
+    assert _held_when_let_go() == len(PAUSES)
+    with mock.patch.object(Device, "_settle", mock.AsyncMock()):
+        assert _held_when_let_go() < len(PAUSES)
+
+
 async def test_what_cannot_be_released() -> None:
     """A disk without recovery, one that is being stopped, one whose requests would fail: refused with a word why, and it goes on."""
     with trio.fail_after(30):

@@ -57,6 +57,10 @@ _ACCESS_PAUSE_SECONDS = 0.05
 #: Seconds between two looks at whether everything is answered, before a disk is let go. In between Trio waits in the kernel, which
 #: thereby hands over whatever it had on its way to us.
 _LOOK_SECONDS = 0.005
+#: Where the kernel cannot hold requests back: seconds without a new one until it counts as having handed over all, and how long that
+#: is waited for. Before Linux 6.15 the driver may crash when a ring is closed while a request is on its way to it.
+_SETTLED_SECONDS = 0.1
+_SETTLE_SECONDS_MAX = 3.0
 
 
 @contextmanager
@@ -538,6 +542,8 @@ class Device:
             for queue in self._queues:
                 queue.hold()
         held = "" if await self._done_while_progressing() else self._held()
+        if Feature.QUIESCE not in self.info.flags:
+            await self._settle()
         self._owned = False
         await self._let_go()
         logger.info("device %d: released; it waits for another server", self.dev_id)
@@ -576,6 +582,15 @@ class Device:
                 return False
             await trio.sleep(_LOOK_SECONDS)
         return False
+
+    async def _settle(self) -> None:
+        """Wait until whoever uses the disk waits for us, and so nothing comes any more; for a bounded time."""
+        began = since = trio.current_time()
+        had = 0
+        while trio.current_time() < min(since + _SETTLED_SECONDS, began + _SETTLE_SECONDS_MAX):
+            if had != (has := sum(len(queue.unanswered()) for queue in self._queues)):
+                had, since = has, trio.current_time()
+            await trio.sleep(_LOOK_SECONDS)
 
     async def _let_go(self) -> None:
         """Leave a disk as it is: without a server, but there."""

@@ -10,15 +10,17 @@ import pytest
 import trio
 
 from tests.kernel.programs import Load, make_file, recover_server, start_server, ublk_trio
-from tests.kernel.test_recovery import OPTIONS, SIZE, kernel_has, progress, state_of, under_load
+from tests.kernel.test_recovery import OPTIONS, SIZE, kernel_has, progress, state_of
 from ublk_trio.uapi import Feature
 
 HANDOVERS = 3
+#: Deeper than fio goes: a queue that has no idle tag left learns of its server's end 30 s late before Linux 6.15.
+DEEP = ["--depth", "32"]
 
 
 async def _hand_over_under_load(backend: str, *options: str) -> None:
     async with trio.open_nursery() as nursery:
-        async with start_server(backend, options=[*OPTIONS, *options]) as server:
+        async with start_server(backend, options=[*OPTIONS, *DEEP, *options]) as server:
             load = Load(server.disk, "--verify=crc32c", "--verify_fatal=1", "--size=8M")
             await nursery.start(load.run)
             disk = server.disk
@@ -36,7 +38,6 @@ async def _hand_over_under_load(backend: str, *options: str) -> None:
                     load.check_disk_was_fine()
 
 
-@under_load
 @pytest.mark.parametrize("mode", ["copy", "get-data"])
 @pytest.mark.parametrize("recovery", ["requeue", "reissue"])
 async def test_handed_over_under_fio(tmp_path: Path, recovery: str, mode: str) -> None:

@@ -9,11 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-import pytest
 import trio
 
 from tests.kernel.programs import (
-    RELEASE,
     Server,
     make_file,
     recover_server,
@@ -29,11 +27,6 @@ from ublk_trio.uapi import Feature
 
 SIZE = 16 << 20
 OPTIONS = ["--queues", "2", "--depth", "16", "--max-io", "64K"]
-
-
-#: Killing a busy server that asked for recovery made 6.12.107 dereference a null pointer in ublk_drv, and the whole machine
-#: is in doubt after that.
-under_load = pytest.mark.skipif(RELEASE < (6, 15), reason="Linux before 6.15 crashes when a busy server is killed")
 
 
 async def kernel_has(feature: Feature) -> bool:
