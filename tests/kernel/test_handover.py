@@ -14,13 +14,13 @@ from tests.kernel.test_recovery import OPTIONS, SIZE, kernel_has, progress, stat
 from ublk_trio.uapi import Feature
 
 HANDOVERS = 3
-#: Deeper than fio goes: a queue that has no idle tag left learns of its server's end 30 s late before Linux 6.15.
-DEEP = ["--depth", "32"]
+#: Queues deeper than fio goes: before Linux 6.15 one that has no idle tag left learns of its server's end 30 s late.
+DEEP = ["--queues", "2", "--depth", "32", "--max-io", "64K"]
 
 
 async def _hand_over_under_load(backend: str, *options: str) -> None:
     async with trio.open_nursery() as nursery:
-        async with start_server(backend, options=[*OPTIONS, *DEEP, *options]) as server:
+        async with start_server(backend, options=[*DEEP, *options]) as server:
             load = Load(server.disk, "--verify=crc32c", "--verify_fatal=1", "--size=8M")
             await nursery.start(load.run)
             disk = server.disk

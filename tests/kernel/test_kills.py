@@ -61,8 +61,12 @@ class VerifiedWrites(Load):
         return Counter(re.findall(r"io_u error on file \S+: ([^:]+):", self.output))
 
 
+def late(backend: Backend) -> Backend:
+    return Delay(backend, avg_read_us=0, p99_read_us=0, avg_write_us=LATE_US, p99_write_us=LATE_US)
+
+
 def late_file(path: str) -> Backend:
-    return Delay(File(path), avg_read_us=0, p99_read_us=0, avg_write_us=LATE_US, p99_write_us=LATE_US)
+    return late(File(path))
 
 
 async def state_of(dev_id: int) -> DeviceState:
@@ -201,11 +205,15 @@ class Forgetful(File):
         return super().read(offset, buffer)
 
 
+def late_forgetful(path: str) -> Backend:
+    return late(Forgetful(path))
+
+
 @pytest.mark.parametrize("bug", ["lost-writes", "reissued"])
 async def test_a_planted_bug_is_found(tmp_path: Path, bug: str) -> None:
     """A backend that loses writes with its process, and a disk that reissues what it should fail, are noticed."""
     image = str(make_file(tmp_path / "image", SIZE))
-    make: Callable[[], Backend] = functools.partial(Forgetful if bug == "lost-writes" else late_file, image)
+    make: Callable[[], Backend] = functools.partial(late_forgetful if bug == "lost-writes" else late_file, image)
     async with forked_servers() as servers:
         load = await _verified_through_kills(servers, 1, Recovery.REISSUE, make, functools.partial(File, image))
     with pytest.raises(AssertionError):
