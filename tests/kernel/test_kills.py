@@ -185,7 +185,7 @@ async def test_verified_through_kills(tmp_path: Path, recovery: Recovery, capsys
 
 
 class Forgetful(File):
-    """A write is answered before it is done: the last ones are lost with the process."""
+    """A write is answered before it is done: the last ones are lost with the process, more than those that fio still waits for."""
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
@@ -193,7 +193,7 @@ class Forgetful(File):
 
     def write(self, offset: int, data: memoryview, *, fua: bool) -> int | None:
         self._undone.append((offset, bytes(data)))
-        if len(self._undone) > LOAD_DEPTH:
+        if len(self._undone) > 2 * LOAD_DEPTH:
             first, late = self._undone.pop(0)
             super().write(first, memoryview(late), fua=fua)
         return None
