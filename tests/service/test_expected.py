@@ -1,4 +1,4 @@
-"""What stands on bdevs may be asked for before they are there, in any order, and is then made as soon as they are."""
+"""What stands on bdevs may be asked for before they are there, in any order, and is made as soon as they are; so is what went with them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import errno
 import itertools
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import pytest
 import trio
+import trio.testing
 
+from tests.search import broken_invariant
 from tests.service.bench import Bench, open_bench, refused
+from ublk_trio.backends import Passthru
+from ublk_trio.bdev import Bdev, Registry
+from ublk_trio.service.expected import Expected
 from ublk_trio.service.methods_config import save
 from ublk_trio.service.service import Service
 
@@ -86,13 +91,18 @@ async def test_while_they_are_awaited(caplog: pytest.LogCaptureFixture) -> None:
         assert members == [("a", True), ("y", False)]
         assert await bench.call("bdev_raid_get_bdevs", category="all") == [raid]
         assert await bench.call("bdev_raid_get_bdevs", category="online") == []
-        assert (await bench.bdev("a"))["claimed"] is False
+        assert (await bench.bdev("a"))["claimed_by"] == "raid"
+        with refused(errno.EPERM, "claimed by raid"):
+            await bench.start("a")
+        with refused(errno.EBUSY, "delete r"):
+            await bench.call("bdev_raid_remove_base_bdev", name="a")
         saved = save(bench.service)["subsystems"][0]["config"][1:]
         assert [(call["method"], call["params"]["name"]) for call in saved] == [
             ("bdev_passthru_create", "p"),
             ("bdev_raid_create", "r"),
         ]
         assert await bench.call("bdev_raid_delete", name="r") is True
+        assert (await bench.bdev("a"))["claimed"] is False
         assert await bench.call("bdev_passthru_delete", name="p") is True
         with refused(errno.ENODEV):
             await bench.call("bdev_passthru_delete", name="p")
@@ -122,6 +132,121 @@ async def test_by_uuid() -> None:
         assert await bench.names() == ["a", "p"]
 
 
+async def test_a_raid_claims_each_member_as_it_comes_and_lets_go() -> None:
+    """A raid that waits has all members that are there, and no other; one that is claimed already is refused; one that goes is free
+    to go, and is waited for again."""
+    async with open_bench() as bench:
+        await bench.malloc("a", "b")
+        await bench.start("b")
+        create: dict[str, Any] = {"name": "r", "raid_level": "concat", "base_bdevs": ["a", "b", "x"]}
+        for bases in (["a", "b", "x"], ["a", "a", "x"]):
+            with refused(errno.EPERM, "claimed by"):
+                await bench.call("bdev_raid_create", **create | {"base_bdevs": bases})
+            assert (await bench.bdev("a"))["claimed"] is False
+            assert await configuring(bench) == []
+        await bench.call("bdev_raid_create", **create | {"base_bdevs": ["a", "x", "y"]})
+        await bench.malloc("x")
+        assert [(await bench.bdev(name))["claimed_by"] for name in "ax"] == ["raid", "raid"]
+        (raid,) = await configuring(bench)
+        assert [member["uuid"] for member in raid["base_bdevs_list"][:2]] == [
+            (await bench.bdev(name))["uuid"] for name in "ax"
+        ]
+        await bench.call("bdev_malloc_delete", name="a")
+        (raid,) = await configuring(bench)
+        members = [(member["name"], member["is_configured"]) for member in raid["base_bdevs_list"]]
+        assert members == [("a", False), ("x", True), ("y", False)]
+        await bench.malloc("y")
+        assert await bench.names() == ["b", "x", "y"]
+        await bench.malloc("a")
+        assert await bench.names() == ["b", "x", "y", "a", "r"]
+
+
+# What went with its base ------------------------------------------------------------------------------------------------
+
+
+async def test_what_stood_on_a_removed_bdev_comes_back(caplog: pytest.LogCaptureFixture) -> None:
+    """A whole stack goes with its base, and its disk; when the base is made again the stack is, as it was created, and the disk not.
+    Meanwhile its names are taken, and nothing of it is saved."""
+    uuid = "0e5b3c40-1d0f-4f7f-9b6a-3a3f8f6b0001"
+    async with open_bench() as bench:
+        await bench.malloc("a")
+        await bench.call("bdev_delay_create", name="d", base_bdev_name="a", **NO_LATENCY)
+        await bench.call("bdev_passthru_create", name="p", base_bdev_name="d", uuid=uuid)
+        await bench.call("bdev_delay_update_latency", delay_bdev_name="d", latency_type="avg_read", latency_us=7)
+        for _ in range(2):
+            disk = await bench.start("p")
+            await disk.write(4096, b"lost" * 1024)
+            with caplog.at_level(logging.WARNING, logger="ublk_trio.service"):
+                await bench.call("bdev_malloc_delete", name="a")
+            assert [record.getMessage() for record in caplog.records] == [
+                "bdev p is made again as soon as there is d",
+                "bdev d is made again as soon as there is a",
+            ]
+            caplog.clear()
+            assert await bench.names() == []
+            assert await bench.call("ublk_get_disks") == []
+            with refused(errno.EEXIST, "waits for a"):
+                await bench.malloc("d")
+            assert save(bench.service)["subsystems"][0]["config"] == []
+            await bench.malloc("a")
+            assert await bench.names() == ["a", "d", "p"]
+            assert (await bench.bdev("p"))["uuid"] == uuid
+            assert (await bench.bdev("d"))["driver_specific"]["delay"]["avg_read_latency"] == 0
+            assert await bench.call("ublk_get_disks") == []
+        disk = await bench.start("p")
+        assert await disk.read(4096, 4096) == bytes(4096)
+
+
+async def test_what_was_deleted_does_not_come_back() -> None:
+    """By its own call, before its base went or after."""
+    async with open_bench() as bench:
+        for first, second in (("passthru", "malloc"), ("malloc", "passthru")):
+            await bench.malloc("a")
+            await bench.call("bdev_passthru_create", name="p", base_bdev_name="a")
+            for kind in (first, second):
+                assert await bench.call(f"bdev_{kind}_delete", name={"passthru": "p", "malloc": "a"}[kind]) is True
+            assert bench.service.expected == {}
+            await bench.malloc("a")
+            assert await bench.names() == ["a"]
+            await bench.call("bdev_malloc_delete", name="a")
+
+
+async def test_an_error_bdev_does_not_come_back() -> None:
+    """SPDK's forgets its entry when it goes, however that was."""
+    async with open_bench() as bench:
+        await bench.malloc("a")
+        await bench.call("bdev_error_create", base_name="a")
+        await bench.call("bdev_malloc_delete", name="a")
+        assert bench.service.expected == {}
+        await bench.malloc("a")
+        assert await bench.names() == ["a"]
+
+
+async def test_a_base_that_goes_while_what_stands_on_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is expected still."""
+    async with open_bench() as bench, trio.open_nursery() as nursery:
+        gone = trio.Event()
+
+        async def slow(backend: Passthru) -> None:
+            await super(Passthru, backend).open()
+            if type(backend) is Passthru:
+                nursery.start_soon(delete)
+                await trio.testing.wait_all_tasks_blocked()
+
+        async def delete() -> None:
+            await bench.call("bdev_malloc_delete", name="a")
+            gone.set()
+
+        await bench.call("bdev_passthru_create", name="p", base_bdev_name="a")
+        monkeypatch.setattr(Passthru, "open", slow)
+        await bench.malloc("a")
+        await gone.wait()
+        monkeypatch.undo()
+        assert await bench.names() == []
+        await bench.malloc("a")
+        assert await bench.names() == ["a", "p"]
+
+
 # Planted bugs -----------------------------------------------------------------------------------------------------------
 
 
@@ -131,7 +256,7 @@ def one_base_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def it_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def planted(service: Service, name: str) -> None:
+    async def planted(service: Service, name: str, expected: Expected) -> None:
         service.expected.pop(name)
 
     monkeypatch.setattr(Service, "_make_expected", planted)
@@ -140,17 +265,71 @@ def it_is_never_made(monkeypatch: pytest.MonkeyPatch) -> None:
 def it_is_still_expected(monkeypatch: pytest.MonkeyPatch) -> None:
     make = Service._make_expected
 
-    async def planted(service: Service, name: str) -> None:
-        expected = service.expected[name]
-        await make(service, name)
+    async def planted(service: Service, name: str, expected: Expected) -> None:
+        await make(service, name, expected)
         service.expected.setdefault(name, expected)
 
     monkeypatch.setattr(Service, "_make_expected", planted)
 
 
-@pytest.mark.parametrize("plant", [one_base_is_enough, it_is_never_made, it_is_still_expected])
-def test_a_planted_bug_is_found(plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def what_is_lost_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Service, "_lost", lambda service, bdev: None)
+
+
+def deletion_does_not_forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = Registry._begin_removal
+    monkeypatch.setattr(Registry, "_begin_removal", lambda registry, bdev, *, lost: begin(registry, bdev, lost=True))
+
+
+def what_is_lost_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = Service._lost
+
+    def planted(service: Service, bdev: Bdev) -> None:
+        lost(service, bdev)
+        service.expected[bdev.name].lost = False
+
+    monkeypatch.setattr(Service, "_lost", planted)
+
+
+def it_claims_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Expected, "hold", lambda expected, registry: None)
+
+
+def it_keeps_its_claims(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Expected, "release", lambda expected: None)
+
+
+Plant: TypeAlias = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.mark.parametrize("plant", [one_base_is_enough, it_is_never_made, it_is_still_expected, it_keeps_its_claims])
+def test_a_planted_bug_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each breaks the invariant in an order in which the topmost wait, and the second base comes last."""
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         trio.run(run_order, ("p", "r", "d", "EE_b", "a", "b"))
+
+
+@pytest.mark.parametrize("plant", [what_is_lost_is_forgotten, what_is_lost_is_saved])
+async def test_a_planted_bug_of_loss_is_found(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Noticed by what stands on a removed bdev."""
+    plant(monkeypatch)
+    with broken_invariant():
+        await test_what_stood_on_a_removed_bdev_comes_back(caplog)
+
+
+async def test_a_planted_bug_of_deletion_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noticed by what was deleted."""
+    deletion_does_not_forget(monkeypatch)
+    with broken_invariant():
+        await test_what_was_deleted_does_not_come_back()
+
+
+@pytest.mark.parametrize("plant", [it_claims_nothing, it_keeps_its_claims])
+async def test_a_planted_bug_of_claims_is_found(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noticed by a raid that waits."""
+    plant(monkeypatch)
+    with broken_invariant():
+        await test_a_raid_claims_each_member_as_it_comes_and_lets_go()

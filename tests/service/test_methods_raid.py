@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio.testing
 
+from tests.search import broken_invariant
 from tests.service.bench import BLOCKS, INVALID, Bench, open_bench, refused
 from ublk_trio.backends import Memory
+from ublk_trio.service.expected import Expected
 from ublk_trio.service.methods_config import save
+from ublk_trio.service.service import Service
 
 DATA = bytes(range(256)) * 16
 
@@ -100,6 +104,53 @@ async def test_a_stripe_goes_with_its_member() -> None:
         await bench.call("bdev_malloc_delete", name="b")
         assert await bench.names() == ["a"]
         assert await bench.call("ublk_get_disks") == []
+
+
+@pytest.mark.parametrize("level", ["raid0", "concat"])
+async def test_offline(level: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A raid without redundancy that lost a member keeps the others and its name, is not saved, and is not brought back by a new bdev
+    of that name, until it is deleted."""
+    params: dict[str, Any] = {"name": "r", "raid_level": level, "base_bdevs": ["a", "b"]}
+    params |= {"strip_size_kb": 4} if level == "raid0" else {}
+    async with open_bench() as bench:
+        await bench.malloc("a", "b")
+        await bench.call("bdev_raid_create", **params)
+        uuid = (await bench.bdev("r"))["uuid"]
+        with caplog.at_level(logging.WARNING, logger="ublk_trio.service"):
+            await bench.call("bdev_malloc_delete", name="b")
+        assert caplog.messages == ["bdev r is offline without b: it keeps the others until it is deleted"]
+        (described,) = await bench.call("bdev_raid_get_bdevs", category="offline")
+        assert (described["name"], described["uuid"], described["raid_level"]) == ("r", uuid, level)
+        assert described["state"] == "offline"
+        assert [described[f"num_base_bdevs{of}"] for of in ("", "_discovered", "_operational")] == [2, 1, 1]
+        assert members(described) == [("a", True), (None, False)]
+        assert await bench.call("bdev_raid_get_bdevs", category="all") == [described]
+        assert (await bench.bdev("a"))["claimed_by"] == "raid"
+        with refused(errno.EBUSY, "delete r"):
+            await bench.call("bdev_raid_remove_base_bdev", name="a")
+        await bench.malloc("b")
+        assert await bench.names() == ["a", "b"]
+        assert (await bench.bdev("b"))["claimed"] is False
+        with refused(errno.EEXIST, "offline"):
+            await bench.call("bdev_raid_create", **params)
+        assert all("raid" not in call["method"] for call in save(bench.service)["subsystems"][0]["config"])
+        await bench.call("bdev_passthru_create", name="p", base_bdev_name="r")
+        assert await bench.call("bdev_raid_delete", name="r") is True
+        assert (await bench.bdev("a"))["claimed"] is False
+        await bench.call("bdev_raid_create", **params)
+        assert await bench.names() == ["a", "b", "r", "p"]
+
+
+async def test_an_offline_raid_goes_with_its_last_member() -> None:
+    """Then its name is free; a raid of one member is never offline."""
+    async with open_bench() as bench:
+        for bases in (["a"], ["a", "b"]):
+            await bench.malloc(*bases)
+            await bench.call("bdev_raid_create", name="r", raid_level="concat", base_bdevs=bases)
+            for base in bases:
+                await bench.call("bdev_malloc_delete", name=base)
+            assert await bench.call("bdev_raid_get_bdevs", category="all") == []
+        await bench.malloc("r")
 
 
 async def test_a_mirror_outlives_its_members(caplog: pytest.LogCaptureFixture) -> None:
@@ -237,3 +288,29 @@ async def test_a_member_that_fails_can_come_back() -> None:
         copy = bytearray(len(DATA))
         memory.read(4096, memoryview(copy))
         assert copy == DATA
+
+
+# Planted bugs -----------------------------------------------------------------------------------------------------------
+
+
+def an_offline_raid_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def planted(service: Service, name: str) -> None:
+        expected = service.expected[name]
+        if not service.missing(expected.bases):
+            await service._make_expected(name, expected)
+
+    monkeypatch.setattr(Service, "_look_after", planted)
+
+
+def an_offline_raid_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Expected, "hold", lambda expected, registry: None)
+
+
+@pytest.mark.parametrize("plant", [an_offline_raid_is_made_again, an_offline_raid_holds_nothing])
+async def test_a_planted_bug_of_offline_raids_is_found(
+    plant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that would serve bytes that are not its own, and one whose members anybody may write."""
+    plant(monkeypatch)
+    with broken_invariant():
+        await test_offline("concat", caplog)

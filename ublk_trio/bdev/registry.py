@@ -35,7 +35,9 @@ RELEASE_SECONDS: Final = 30.0
 class _Removal:
     """The end of one bdev, and what went wrong with it."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, lost: bool) -> None:
+        #: It goes with a bdev that it stands on, and nobody asked for that.
+        self.lost = lost
         #: Around the wait for its users.
         self.waiting = trio.CancelScope(shield=True)
         self.over = trio.Event()
@@ -47,6 +49,8 @@ class Registry:
 
     def __init__(self, nursery: trio.Nursery) -> None:
         self._nursery = nursery
+        #: Called when a bdev is gone with one that it stood on, which is still going.
+        self.on_lost: Callable[[Bdev], None] = lambda bdev: None
         self._bdevs: dict[str, Bdev] = {}
         self._removals: dict[Bdev, _Removal] = {}
         self._reserved: set[str] = set()
@@ -137,7 +141,7 @@ class Registry:
         Raises `BackendError` (ENODEV) when there is none, and what the backend's `aclose` raises. Cancelled: the removal goes
         on.
         """
-        removal = self._begin_removal(self.get(name))
+        removal = self._begin_removal(self.get(name), lost=False)
         await removal.over.wait()
         if removal.failure is not None:
             raise removal.failure
@@ -145,12 +149,12 @@ class Registry:
     def _remover(self, bdev: Bdev) -> Callable[[], None]:
         def remove() -> None:
             if not bdev.removing:
-                self._begin_removal(bdev)
+                self._begin_removal(bdev, lost=True)
 
         return remove
 
-    def _begin_removal(self, bdev: Bdev) -> _Removal:
-        self._removals[bdev] = removal = _Removal()
+    def _begin_removal(self, bdev: Bdev, *, lost: bool) -> _Removal:
+        self._removals[bdev] = removal = _Removal(lost=lost)
         bdev.remove()
         self._nursery.start_soon(self._finish_removal, bdev, removal, name=f"removal of bdev {bdev.name}")
         return removal
@@ -169,13 +173,15 @@ class Registry:
                 removal.failure = failure
         del self._bdevs[bdev.name]
         del self._removals[bdev]
+        if removal.lost and not self._closed:
+            self.on_lost(bdev)
         removal.over.set()
 
     async def _remove_all(self) -> None:
         self._closed = True
         for bdev in reversed(self._bdevs.values()):
             if not bdev.removing:
-                self._begin_removal(bdev)
+                self._begin_removal(bdev, lost=False)
         removals = dict(self._removals)
         with trio.move_on_after(RELEASE_SECONDS, shield=True):
             for removal in removals.values():

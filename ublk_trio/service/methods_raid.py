@@ -1,8 +1,10 @@
 """The methods of bdevs that stand on several others: raid0, raid1, concat.
 
 There is no superblock: a raid is what `bdev_raid_create` made, and a saved configuration holds that call. A raid whose members are not
-all there waits for them; it is "configuring" until then, and claims none. A mirror whose member's bdev goes does not go with it: the
-member leaves, and the mirror goes on, as long as one that is in sync is left. Its place stays, and is saved under SPDK's name for it.
+all there waits for them; it is "configuring" until then, and has claimed those that are there. A mirror whose member's bdev goes does not go
+with it: the member leaves, and the mirror goes on, as long as one that is in sync is left. Its place stays, and is saved under SPDK's name
+for it. Any other raid is "offline" then: a new bdev has not the old one's bytes, so nothing brings the raid back. It keeps the other
+members until it is deleted, or they have gone too.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import errno
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Annotated, Any, Final, Literal
 from uuid import UUID
@@ -24,6 +26,7 @@ from ublk_trio.backends.stacked import Stacked
 from ublk_trio.bdev import Bdev, Descriptor
 from ublk_trio.errors import BackendError, StuckError, UsageError
 from ublk_trio.rpc import Method
+from ublk_trio.service.expected import Expected
 from ublk_trio.service.service import Call, Made, Service, call_of
 
 logger = logging.getLogger("ublk_trio.service")
@@ -60,7 +63,7 @@ class RaidDelete(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 class RaidGetBdevs(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """Parameters of ``bdev_raid_get_bdevs``. No raid is ever offline here."""
+    """Parameters of ``bdev_raid_get_bdevs``."""
 
     category: Literal["all", "online", "configuring", "offline"]
 
@@ -118,15 +121,24 @@ async def raid_create(service: Service, params: RaidCreate) -> bool:
     if params.superblock:
         raise UsageError("params.superblock: only false is possible: a raid is remembered by the configuration")
     _check_strips(params)
-    names = [name for name in _places(params) if name is not None]
-    if not names:
+    if not any(_places(params)):
         raise UsageError("params.base_bdevs: all places are empty: name a bdev whose data the mirror has")
 
+    await service.make_on(params.name, _expected(service, params))
+    return True
+
+
+def _offline(service: Service, params: RaidCreate, bdev: Bdev) -> Expected:
+    return _expected(service, msgspec.structs.replace(params, uuid=bdev.uuid), offline=True)
+
+
+def _expected(service: Service, params: RaidCreate, *, offline: bool = False) -> Expected:
     async def make() -> None:
         await _make(service, params)
 
-    await service.make_on(params.name, call_of(_METHOD, params), names, make)
-    return True
+    members = [name for name in _places(params) if name is not None]
+    call = call_of(_METHOD, params)
+    return Expected(call=call, bases=members, claim=_CLAIM, make=make, lost=offline, offline=offline)
 
 
 def _check_strips(params: RaidCreate) -> None:
@@ -155,6 +167,7 @@ async def _make(service: Service, params: RaidCreate) -> None:
         params=lambda: _parameters(params, backend),
         specific=lambda: {"raid": _describe(service.registry.get(params.name))},
         afterwards=lambda: _rebuilds(params.name, backend),
+        when_lost=lambda bdev: None if isinstance(backend, _Mirror) else _offline(service, params, bdev),
     )
     bdev = await service.make(made, params.name, backend, product_name="Raid Volume", uuid=params.uuid, bases=members)
     if isinstance(backend, _Mirror):
@@ -180,13 +193,9 @@ async def raid_delete(service: Service, params: RaidDelete) -> bool:
 
 async def raid_get_bdevs(service: Service, params: RaidGetBdevs) -> list[dict[str, Any]]:
     """The raids."""
-    online = [{"name": bdev.name, **_describe(bdev)} for bdev in _raids(service)]
-    configuring = [
-        {"name": name, **_describe_expected(service, expected.call.params)}
-        for name, expected in service.expected.items()
-        if expected.call.method == _METHOD
-    ]
-    return {"online": online, "configuring": configuring, "offline": []}.get(params.category, online + configuring)
+    raids = [{"name": bdev.name, **_describe(bdev)} for bdev in _raids(service)]
+    raids += [{"name": name, **_describe_expected(expected)} for name, expected in _expected_raids(service)]
+    return [raid for raid in raids if params.category in ("all", raid["state"])]
 
 
 async def raid_add_base(service: Service, params: RaidAddBase) -> bool:
@@ -224,6 +233,9 @@ async def raid_remove_base(service: Service, params: RaidRemoveBase) -> bool:
             )
         await mirror.dismiss(member)
         return True
+    for name, expected in _expected_raids(service):
+        if any(member is not None and member.bdev is base for member in expected.held):
+            raise BackendError(errno.EBUSY, f"{name} keeps {base.name} while it is not online: delete {name} instead")
     raise BackendError(errno.ENODEV, f"bdev {base.name} is no member of a raid")
 
 
@@ -268,6 +280,10 @@ def _raids(service: Service) -> list[Bdev]:
     return [bdev for bdev in service.registry if service.made(bdev).method == _METHOD]
 
 
+def _expected_raids(service: Service) -> list[tuple[str, Expected]]:
+    return [(name, expected) for name, expected in service.expected.items() if expected.call.method == _METHOD]
+
+
 def _members(bdev: Bdev) -> list[Descriptor | None]:
     """Of a raid, by place."""
     backend = bdev.backend
@@ -306,22 +322,26 @@ def _rebuilds(name: str, backend: Stacked) -> list[Call]:
     ]
 
 
-def _describe_expected(service: Service, params: Mapping[str, Any]) -> dict[str, Any]:
+def _describe_expected(expected: Expected) -> dict[str, Any]:
+    params = expected.call.params
     names = params["base_bdevs"]
-    missing = service.missing(names)
+    held = dict(zip(expected.bases, expected.held, strict=True))
+    discovered = sum(member is not None for member in held.values())
+    places = [
+        # An offline raid waits for nobody by name.
+        _describe_member(held.get(name), {}, absent=None if expected.offline else name)
+        for name in names
+    ]
     return {
         "uuid": params.get("uuid", _NO_UUID),
         "strip_size_kb": params.get("strip_size_kb", 0),
-        "state": "configuring",
+        "state": "offline" if expected.offline else "configuring",
         "raid_level": _LEVELS[params["raid_level"]],
         "superblock": False,
         "num_base_bdevs": len(names),
-        "num_base_bdevs_discovered": len(names) - len(missing),
-        "num_base_bdevs_operational": len(names),
-        "base_bdevs_list": [
-            {"name": name, "uuid": _NO_UUID, "is_configured": name not in missing, "data_offset": 0, "data_size": 0}
-            for name in names
-        ],
+        "num_base_bdevs_discovered": discovered,
+        "num_base_bdevs_operational": discovered if expected.offline else len(names),
+        "base_bdevs_list": places,
     }
 
 
@@ -354,9 +374,11 @@ def _describe(bdev: Bdev) -> dict[str, Any]:
     }
 
 
-def _describe_member(member: Descriptor | None, states: dict[str, MemberState]) -> dict[str, Any]:
+def _describe_member(
+    member: Descriptor | None, states: dict[str, MemberState], absent: str | None = None
+) -> dict[str, Any]:
     if member is None:
-        return {"name": None, "uuid": _NO_UUID, "is_configured": False, "data_offset": 0, "data_size": 0}
+        return {"name": absent, "uuid": _NO_UUID, "is_configured": False, "data_offset": 0, "data_size": 0}
     bdev = member.bdev
     return {
         "name": bdev.name,

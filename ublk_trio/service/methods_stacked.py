@@ -1,4 +1,8 @@
-"""The methods of bdevs that stand on one other: passthru, delay, error. Each waits for its base, if that is not there."""
+"""The methods of bdevs that stand on one other: passthru, delay, error. Each waits for its base, if that is not there.
+
+As in SPDK, what went with its base comes back when a bdev of the base's name is made, as it was created: what was changed since is
+forgotten. An error bdev does not.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from msgspec import Meta
 from ublk_trio.backends import Backend, Delay, ErrorInjection, LatencyKind, Passthru
 from ublk_trio.bdev import Descriptor
 from ublk_trio.rpc import Method
+from ublk_trio.service.expected import Expected
 from ublk_trio.service.methods_plain import delete_method
 from ublk_trio.service.service import Made, Service, call_of
 
@@ -111,6 +116,7 @@ async def error_create(service: Service, params: ErrorCreate) -> bool:
         ErrorInjection,
         base_key="base_name",
         kind="error_disk",
+        comes_back=False,
     )
     return True
 
@@ -144,9 +150,13 @@ async def _stack(
     *,
     base_key: str = "base_bdev_name",
     kind: str | None = None,
+    comes_back: bool = True,
 ) -> None:
     """Add a bdev that stands on one other, which it claims."""
     method = f"bdev_{product}_create"
+
+    def expected(*, lost: bool) -> Expected:
+        return Expected(call=call_of(method, asked), bases=[base_name], claim=product, make=add, lost=lost)
 
     async def add() -> None:
         base = service.registry.descriptor(base_name, claim=product)
@@ -155,10 +165,11 @@ async def _stack(
             method=method,
             params=lambda: {base_key: base_name, **describe(backend)},
             specific=lambda: {kind or product: {"name": name, "base_bdev_name": base_name, **describe(backend)}},
+            when_lost=lambda _: expected(lost=True) if comes_back else None,
         )
         await service.make(made, name, backend, product_name=product, uuid=asked.uuid, bases=[base])
 
-    await service.make_on(name, call_of(method, asked), [base_name], add)
+    await service.make_on(name, expected(lost=False))
 
 
 STACKED_METHODS: Final[tuple[Method[Service, Any], ...]] = (

@@ -1,7 +1,7 @@
 """`Service`: what an operator's process holds: bdevs, and how each was made; a target, and its disks.
 
 A bdev that stands on others may be asked for before these are there: SPDK's own saved configurations make what stands on a bdev before the
-bdev itself. It is expected then, and made as soon as the last of them has come.
+bdev itself. It is expected then, and made as soon as the last of them has come. It may be expected again when it went with one of them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from ublk_trio.errors import BackendError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
 from ublk_trio.service.disks import Attend, Disks, leave_alone, open_disks
+from ublk_trio.service.expected import Expected
 
 logger = logging.getLogger("ublk_trio.service")
 
@@ -50,16 +52,8 @@ class Made:
     specific: Callable[[], dict[str, Any]]
     #: What remains to be called when all bdevs are there.
     afterwards: Callable[[], list[Call]] = list
-
-
-@attrs.frozen(kw_only=True, eq=False)
-class Expected:
-    """A bdev that is made when all that it stands on is there."""
-
-    #: What asked for it.
-    call: Call
-    bases: Sequence[str]
-    make: Callable[[], Awaitable[None]]
+    #: What is expected when it went with a bdev that it stood on; None: nothing.
+    when_lost: Callable[[Bdev], Expected | None] = lambda bdev: None
 
 
 class Service:
@@ -77,6 +71,7 @@ class Service:
         self.tasks = tasks
         #: By the names that they will have.
         self.expected: dict[str, Expected] = {}
+        registry.on_lost = self._lost
         self._made: WeakKeyDictionary[Bdev, Made] = WeakKeyDictionary()
 
     async def make(
@@ -95,31 +90,78 @@ class Service:
         self._made[bdev] = made
         for waiting in list(self.expected):
             # One of them may have made another by now.
-            if waiting in self.expected and not self.missing(self.expected[waiting].bases):
-                await self._make_expected(waiting)
+            if waiting in self.expected:
+                await self._look_after(waiting)
         return bdev
 
-    async def make_on(self, name: str, call: Call, bases: Sequence[str], make: Callable[[], Awaitable[None]]) -> None:
-        """Make a bdev that stands on others: now, or as soon as they are there. ``make`` comes down to `make`.
+    async def make_on(self, name: str, expected: Expected) -> None:
+        """Make a bdev that stands on others: now, or as soon as they are there. ``Expected.make`` comes down to `make`.
 
-        Raises `BackendError` (EEXIST), and what ``make`` raises now; what it raises later is logged.
+        Raises `BackendError`: EEXIST; EPERM when a base is claimed; and what ``make`` raises now; what it raises later is logged.
         """
-        missing = self.missing(bases)
+        missing = self.missing(expected.bases)
         if not missing:
-            await make()
+            await expected.make()
             return
         self._check_not_expected(name)
         if name in self.registry.names():
             raise BackendError(errno.EEXIST, f"there is a bdev {name!r} already: choose another name")
-        self.expected[name] = Expected(call=call, bases=tuple(bases), make=make)
+        try:
+            expected.hold(self.registry)
+        except BackendError:
+            expected.release()
+            raise
+        self.expected[name] = expected
         logger.warning("bdev %s is made as soon as there is %s", name, " and ".join(missing))
 
-    async def _make_expected(self, name: str) -> None:
-        expected = self.expected.pop(name)
+    async def _look_after(self, name: str) -> None:
+        """Make one that is expected if all bases are there; else it claims those that are."""
+        expected = self.expected[name]
+        if expected.offline:
+            return
+        if self.missing(expected.bases):
+            self._hold(name, expected)
+        else:
+            await self._make_expected(name, expected)
+
+    async def _make_expected(self, name: str, expected: Expected) -> None:
+        # Nobody comes between: there is no checkpoint before it has claimed them itself.
+        self._forget(name)
         try:
             await expected.make()
         except (OSError, UsageError) as error:
-            logger.warning("bdev %s, which was expected, is not made: %s", name, error)
+            if self.missing(expected.bases):
+                # One went again meanwhile.
+                self.expected[name] = expected
+                self._hold(name, expected)
+            else:
+                logger.warning("bdev %s, which was expected, is not made: %s", name, error)
+
+    def _hold(self, name: str, expected: Expected) -> None:
+        try:
+            expected.hold(self.registry)
+        except BackendError as error:
+            logger.warning("bdev %s, which is expected: %s", name, error)
+
+    def _forget(self, name: str) -> None:
+        self.expected.pop(name).release()
+
+    def _lost(self, bdev: Bdev) -> None:
+        """A bdev went with one that it stood on."""
+        expected = self._made[bdev].when_lost(bdev)
+        if expected is None:
+            return
+        name = bdev.name
+        missing = " and ".join(self.missing(expected.bases))
+        self.expected[name] = expected
+        self._hold(name, expected)
+        if not expected.offline:
+            logger.warning("bdev %s is made again as soon as there is %s", name, missing)
+        elif any(expected.held):
+            logger.warning("bdev %s is offline without %s: it keeps the others until it is deleted", name, missing)
+            expected.on_bare = partial(self._forget, name)
+        else:
+            self._forget(name)
 
     def missing(self, bases: Sequence[str]) -> list[str]:
         """Those that there is no bdev of."""
@@ -127,8 +169,11 @@ class Service:
         return [base for base in bases if base not in there and base.lower() not in there]
 
     def _check_not_expected(self, name: str) -> None:
-        if name in self.expected:
-            missing = " and ".join(self.missing(self.expected[name].bases))
+        expected = self.expected.get(name)
+        if expected is not None and expected.offline:
+            raise BackendError(errno.EEXIST, f"bdev {name!r} is offline: delete it, or choose another name")
+        if expected is not None:
+            missing = " and ".join(self.missing(expected.bases))
             raise BackendError(errno.EEXIST, f"bdev {name!r} waits for {missing} already: choose another name")
 
     def made(self, bdev: Bdev) -> Made:
@@ -150,7 +195,7 @@ class Service:
         """
         expected = self.expected.get(name)
         if expected is not None and expected.call.method == method:
-            del self.expected[name]
+            self._forget(name)
             return True
         self.find(name, method)
         await self.registry.remove(name)
@@ -162,7 +207,10 @@ class Service:
         return next(name for number in itertools.count() if (name := f"{prefix}{number}") not in taken)
 
     def calls(self) -> list[Call]:
-        """The calls that make all bdevs again, in an order in which each finds what it stands on, if that is there."""
+        """The calls that make all bdevs again, in an order in which each finds what it stands on, if that is there.
+
+        What went with a bdev is not made again, as that bdev is not.
+        """
         calls: dict[Bdev, Call] = {}
 
         def add(bdev: Bdev) -> None:
@@ -179,7 +227,7 @@ class Service:
                 add(bdev)
         return [
             *calls.values(),
-            *(expected.call for expected in self.expected.values()),
+            *(expected.call for expected in self.expected.values() if not expected.lost),
             *(call for bdev in calls for call in self._made[bdev].afterwards()),
         ]
 
