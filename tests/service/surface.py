@@ -30,6 +30,11 @@ POSSIBLE = {0, errno.ENODEV, errno.EBUSY, errno.EPERM, errno.EEXIST, errno.ENOEN
 #: Seconds of the run's own clock in which everything must be answered: several grace times of 10 s.
 BOUND_SECONDS = 120.0
 
+#: What stands on others: a passthru bdev, and a raid0.
+STANDS_ON = {"p": ("a",), "r": ("b", "c")}
+#: SPDK's word for each kind of bdev.
+KINDS = {"p": "passthru", "r": "raid"}
+
 #: A call's kind, a bdev, an id, and whether to wait for the answer.
 Step: TypeAlias = tuple[str, str, int, bool]
 
@@ -52,6 +57,16 @@ class Arm(Protocol):
 
 
 @attrs.define
+class Awaited:
+    """What stands on others and is not there, but has its name."""
+
+    #: It lost a member, and does not come back.
+    offline: bool = False
+    #: The bases that it has claimed.
+    held: set[str] = attrs.field(factory=set)
+
+
+@attrs.define
 class Model:
     """What there is, when no call is under way."""
 
@@ -60,6 +75,8 @@ class Model:
     target: bool = False
     #: With their sizes.
     bdevs: dict[str, int] = attrs.field(factory=lambda: {"slow": SIZE})
+    #: In the order in which they were asked for, or lost.
+    awaited: dict[str, Awaited] = attrs.field(factory=dict)
     disks: dict[int, str] = attrs.field(factory=dict)
     #: Of the disks; what applications see.
     sizes: dict[int, int] = attrs.field(factory=dict)
@@ -84,26 +101,75 @@ class Model:
         self.sizes.clear()
         return 0
 
+    def claimed(self) -> set[str]:
+        """The bdevs that somebody has."""
+        stacks = [STANDS_ON[name] for name in self.bdevs if name in STANDS_ON]
+        return set(self.disks.values()).union(*stacks, *(awaited.held for awaited in self.awaited.values()))
+
     def make(self, name: str, number: int) -> int:
-        if name in self.bdevs:
+        if name in self.bdevs or name in self.awaited:
             return errno.EEXIST
+        if name in STANDS_ON:
+            return self._stack(name)
         self.bdevs[name] = SIZE
+        for waiting, awaited in list(self.awaited.items()):
+            if awaited.offline:
+                continue
+            awaited.held |= set(STANDS_ON[waiting]) & set(self.bdevs) - self.claimed()
+            if set(STANDS_ON[waiting]) <= set(self.bdevs):
+                # If somebody else has a base it is not made, and no longer waited for.
+                del self.awaited[waiting]
+                if set(STANDS_ON[waiting]) == awaited.held:
+                    self._add(waiting)
         return 0
 
+    def _stack(self, name: str) -> int:
+        there = set(STANDS_ON[name]) & set(self.bdevs)
+        if there & self.claimed():
+            return errno.EPERM
+        if there == set(STANDS_ON[name]):
+            self._add(name)
+        else:
+            self.awaited[name] = Awaited(held=there)
+        return 0
+
+    def _add(self, name: str) -> None:
+        self.bdevs[name] = self._stacked_size(name)
+
+    def _stacked_size(self, name: str) -> int:
+        bases = STANDS_ON[name]
+        return len(bases) * min(self.bdevs[base] for base in bases)
+
     def delete(self, name: str, number: int) -> int:
+        if name in self.awaited:
+            del self.awaited[name]
+            return 0
         if name not in self.bdevs or name == "slow":
             return errno.ENODEV
+        self._go(name)
+        for waiting, awaited in list(self.awaited.items()):
+            awaited.held.discard(name)
+            if awaited.offline and not awaited.held:
+                del self.awaited[waiting]
+        for top, bases in STANDS_ON.items():
+            if top in self.bdevs and name in bases:
+                self._go(top)
+                self.awaited[top] = Awaited(offline=top == "r", held={*bases} - {name})
+        return 0
+
+    def _go(self, name: str) -> None:
         del self.bdevs[name]
         self.disks = {number: bdev for number, bdev in self.disks.items() if bdev != name}
         self.sizes = {number: self.sizes[number] for number in self.disks}
-        return 0
 
     def resize(self, name: str, number: int) -> int:
-        if name not in self.bdevs or name == "slow":
+        if name not in self.bdevs or name in STANDS_ON or name == "slow":
             return errno.ENODEV
         self.bdevs[name] = mebibytes(number) * MIB
+        for top in STANDS_ON.keys() & self.bdevs.keys():
+            self.bdevs[top] = self._stacked_size(top)
         if self.resizes:
-            self.sizes |= {number: self.bdevs[name] for number, bdev in self.disks.items() if bdev == name}
+            self.sizes = {number: self.bdevs[bdev] for number, bdev in self.disks.items()}
         return 0
 
     def _may_begin(self, name: str, number: int) -> int:
@@ -117,7 +183,7 @@ class Model:
         refused = self._may_begin(name, number)
         if refused:
             return refused
-        if name in self.disks.values():
+        if name in self.claimed():
             return errno.EPERM
         if number in self.left:
             return errno.EBUSY
@@ -131,7 +197,7 @@ class Model:
             return refused
         if number not in self.left:
             return errno.ENODEV
-        if name in self.disks.values():
+        if name in self.claimed():
             return errno.EPERM
         if self.bdevs[name] != SIZE:
             return errno.EINVAL
@@ -159,10 +225,15 @@ def request(what: str, name: str, number: int) -> tuple[str, dict[str, Any]]:
             return "ublk_create_target", {}
         case "destroy":
             return "ublk_destroy_target", {}
+        case "make" if name == "p":
+            return "bdev_passthru_create", {"name": "p", "base_bdev_name": "a"}
+        case "make" if name == "r":
+            members = {"base_bdevs": STANDS_ON["r"], "raid_level": "raid0", "strip_size_kb": 4}
+            return "bdev_raid_create", {"name": "r", **members}
         case "make":
             return "bdev_malloc_create", {"name": name, "block_size": 512, "num_blocks": SIZE // 512}
         case "delete":
-            return "bdev_malloc_delete", {"name": name}
+            return f"bdev_{KINDS.get(name, 'malloc')}_delete", {"name": name}
         case "resize":
             return "bdev_malloc_resize", {"name": name, "new_size": mebibytes(number)}
         case "start":
@@ -174,14 +245,28 @@ def request(what: str, name: str, number: int) -> tuple[str, dict[str, Any]]:
     return "ublk_get_disks", {"ublk_id": number}
 
 
-CALLS = ["create", "destroy", "make", "delete", "resize", "start", "start", "recover", "stop", "look"]
+CALLS = [
+    "create",
+    "destroy",
+    "make",
+    "make",
+    "make",
+    "delete",
+    "delete",
+    "resize",
+    "start",
+    "start",
+    "recover",
+    "stop",
+    "look",
+]
 
 
 def steps(at_most: int) -> st.SearchStrategy[list[Step]]:
     """Up to so many steps; besides calls, the slow bdev's requests are held up and released, and disks are read."""
     step = st.tuples(
         st.sampled_from([*CALLS, "hold", "release", "read"]),
-        st.sampled_from(["a", "b", "slow"]),
+        st.sampled_from(["a", "b", "c", "p", "r", "slow"]),
         st.sampled_from([0, 1, LEFT]),
         st.sampled_from([True, True, False]),
     )
@@ -189,7 +274,14 @@ def steps(at_most: int) -> st.SearchStrategy[list[Step]]:
 
 
 #: What each run begins with, so that most of its calls find something.
-FIRST = [("create", "a", 0, True), ("make", "a", 0, True), ("start", "a", 0, True), ("make", "b", 0, True)]
+FIRST: list[Step] = [
+    ("create", "a", 0, True),
+    ("make", "p", 0, True),
+    ("make", "a", 0, True),
+    ("start", "p", 0, True),
+    ("make", "r", 0, True),
+    ("make", "b", 0, True),
+]
 
 
 class Run:
@@ -248,6 +340,9 @@ class Run:
             assert await self.call(what, name, number) == expected, f"{what} {name} {number}: {self.model}"
             assert self.disks() == self.model.disks, f"{what} {name} {number} was answered too soon"
             assert self.sizes() == self.model.sizes, f"{what} {name} {number}: applications see other sizes"
+            assert self.bdevs() == self.model.bdevs, f"{what} {name} {number}: {self.model}"
+            assert self.awaited() == self.model.awaited, f"{what} {name} {number}: {self.model}"
+            assert self.claimed() == self.model.claimed(), f"{what} {name} {number}: {self.model}"
         else:
             self.pending += 1
             self.quiet = trio.Event()
@@ -259,7 +354,23 @@ class Run:
         return {disk.ublk_id: disk.bdev_name for disk in self.service.disks if disk.ublk_id is not None}
 
     def sizes(self) -> dict[int, int]:
-        return {number: self.arm.size(number) for number in self.disks()}
+        disks = self.disks()
+        assert set(disks) <= set(self.arm.kernel.device_ids()), "a disk has gone, and is still listed"
+        return {number: self.arm.size(number) for number in disks}
+
+    def bdevs(self) -> dict[str, int]:
+        return {bdev.name: bdev.size for bdev in self.service.registry}
+
+    def awaited(self) -> dict[str, Awaited]:
+        return {
+            name: Awaited(
+                offline=expected.offline, held={member.bdev.name for member in expected.held if member is not None}
+            )
+            for name, expected in self.service.expected.items()
+        }
+
+    def claimed(self) -> set[str]:
+        return {bdev.name for bdev in self.service.registry if bdev.claimed_by is not None}
 
     def learn(self) -> None:
         """What there is, after calls that overlapped; it must hold together."""
@@ -267,20 +378,29 @@ class Run:
             return
         service = self.service
         disks = self.disks()
-        bdevs = {bdev.name: bdev for bdev in service.registry}
+        bdevs = self.bdevs()
         assert set(disks.values()) <= set(bdevs)
-        assert {name for name, bdev in bdevs.items() if bdev.claimed_by is not None} == set(disks.values())
         ours = set(self.arm.kernel.device_ids()) - set(disks)
         assert ours <= {LEFT}
         target = service.disks.has_target
         assert target or not disks
-        bdev_sizes = {name: bdev.size for name, bdev in bdevs.items()}
         sizes = self.sizes()
         if self.arm.resizes:
-            assert sizes == {number: bdev_sizes[name] for number, name in disks.items()}
+            assert sizes == {number: bdevs[name] for number, name in disks.items()}
         self.model = Model(
-            resizes=self.arm.resizes, target=target, bdevs=bdev_sizes, disks=disks, sizes=sizes, left=ours
+            resizes=self.arm.resizes,
+            target=target,
+            bdevs=bdevs,
+            awaited=self.awaited(),
+            disks=disks,
+            sizes=sizes,
+            left=ours,
         )
+        assert self.claimed() == self.model.claimed()
+        for name in STANDS_ON.keys() & bdevs.keys():
+            assert name not in self.model.awaited
+            assert set(STANDS_ON[name]) <= set(bdevs)
+            assert bdevs[name] == self.model._stacked_size(name)
         self.known = True
 
     async def settle(self) -> None:

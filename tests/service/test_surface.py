@@ -16,11 +16,18 @@ from hypothesis import HealthCheck, given, settings
 from tests.search import check_noticed
 from tests.service.surface import BOUND_SECONDS, LEFT, Step, run_steps, steps
 from tests.service.test_disks import SIZE
+from tests.service.test_expected import (
+    deletion_does_not_forget,
+    it_claims_nothing,
+    it_keeps_its_claims,
+    what_is_lost_is_forgotten,
+)
 from tests.sim.mini import basic_params, live, machine
 from ublk_trio import BackendError, Recovery, SimKernel
 from ublk_trio.bdev import Bdev
 from ublk_trio.options import RECOVERY_FLAGS
 from ublk_trio.service import disks as disks_module
+from ublk_trio.service import methods_raid
 from ublk_trio.service.disks import Disk, Disks
 
 STEPS = steps(30)
@@ -118,6 +125,10 @@ def disks_keep_their_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Disk, "follow_size", planted)
 
 
+def an_offline_raid_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods_raid, "_offline", lambda service, params, bdev: None)
+
+
 PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
     an_id_may_be_used_twice,
     stop_answers_too_soon,
@@ -125,6 +136,11 @@ PLANTED: list[Callable[[pytest.MonkeyPatch], None]] = [
     destroy_forgets_the_disks,
     another_errno_for_an_id_in_use,
     disks_keep_their_sizes,
+    what_is_lost_is_forgotten,
+    an_offline_raid_is_forgotten,
+    it_claims_nothing,
+    it_keeps_its_claims,
+    deletion_does_not_forget,
 ]
 
 
