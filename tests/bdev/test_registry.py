@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -15,6 +14,7 @@ import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.errnos import raises
 from tests.search import check_noticed
 from ublk_trio import BackendError, Memory, StuckError
 from ublk_trio.backends import Backend
@@ -38,14 +38,6 @@ class Watched(Memory):
 
     async def aclose(self) -> None:
         self.closed += 1
-
-
-@contextmanager
-def raises(number: int) -> Iterator[None]:
-    with pytest.raises(BackendError) as raised:
-        yield
-    assert raised.value.errno == number, raised.value
-    assert len(str(raised.value).splitlines()) == 1
 
 
 async def add(registry: Registry, name: str, backend: Backend | None = None, **options: Any) -> Bdev:

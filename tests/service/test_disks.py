@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import attrs
 import pytest
 import trio
 import trio.testing
 
+from tests.errnos import raises
 from tests.test_recover import calm_kernel, dead_device
-from ublk_trio import Backend, BackendError, DeviceOptions, KernelError, Memory, Recovery, SimKernel, UsageError
+from ublk_trio import Backend, DeviceOptions, KernelError, Memory, Recovery, SimKernel, UsageError
 from ublk_trio.bdev import Registry, open_registry
 from ublk_trio.service.cpumask import format_list
 from ublk_trio.service.disks import Disks, DiskState, open_disks
@@ -46,14 +47,6 @@ async def open_bench(*, target: bool = True, version: tuple[int, int] = (7, 3)) 
         yield bench
     assert not kernel.leftovers()
     assert not kernel.violations
-
-
-@contextmanager
-def raises(number: int) -> Iterator[None]:
-    with pytest.raises(BackendError) as raised:
-        yield
-    assert raised.value.errno == number, raised.value
-    assert len(str(raised.value).splitlines()) == 1
 
 
 class Gate(Memory):

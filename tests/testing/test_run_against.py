@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import Phase, settings
 
+from tests.backends.bases import OnStorage
 from ublk_trio import Backend, DeviceOptions, Memory, SimKernel, open_target
 from ublk_trio.kernel_sim.faults import ORDINARY, Layer, of_layers
 from ublk_trio.testing import BrokenPromiseError, Storage, run_against
@@ -23,21 +24,8 @@ CHECK = settings(HUNT, max_examples=60)
 KERNEL_FAULTS = ORDINARY | of_layers(Layer.RING, Layer.COMMANDS, Layer.PROCESS)
 
 
-class Honest(Backend):
-    """Keeps its bytes on the storage, and its word."""
-
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.size = storage.size
-
-    def read(self, offset: int, buffer: memoryview) -> None:
-        self.storage.read(offset, buffer)
-
-    def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
-        self.storage.write(offset, data, fua=fua)
-
-    def flush(self) -> None:
-        self.storage.flush()
+class Honest(OnStorage):
+    """Discards, too."""
 
     def discard(self, offset: int, length: int) -> None:
         self.storage.write(offset, bytes(length))
