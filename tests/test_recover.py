@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from unittest import mock
 
 import attrs
 import pytest
 import trio
+import trio.testing
 
 from tests.sim.mini import MIB, Machine, basic_params, live, machine
 from ublk_trio import (
@@ -23,13 +25,17 @@ from ublk_trio import (
     open_target,
     recover_device,
 )
+from ublk_trio.control import Control
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import Bio, SimBlockDevice
 from ublk_trio.options import RECOVERY_FLAGS
-from ublk_trio.uapi import DeviceState, Feature, IoOp
+from ublk_trio.recovery import NOTICE_SECONDS, RELEASE_SECONDS
+from ublk_trio.uapi import DeviceState, DevInfo, Feature, IoOp
 
 BLOCK = 4096
 NONE = Feature(0)
+#: The pid of no process: Linux's own bound.
+NOBODY = 1 << 22
 
 
 @attrs.frozen
@@ -159,6 +165,57 @@ async def test_cancelled_at_every_step() -> None:
             assert steps > 10, "there were steps to be cancelled at"
             return
     pytest.fail("it never came to an end")
+
+
+@pytest.mark.parametrize(("seconds", "in_time"), [(NOTICE_SECONDS - 5, True), (NOTICE_SECONDS + 5, False)])
+def test_a_server_s_end_that_the_kernel_has_not_noticed(seconds: float, in_time: bool) -> None:
+    """That is waited for, but not for ever; then it is said, and the disk is as it was."""
+    usual = Control.device_info
+
+    async def main() -> None:
+        began = trio.current_time()
+
+        async def device_info(control: Control, dev_id: int) -> DevInfo:
+            info = await usual(control, dev_id)
+            if trio.current_time() < began + seconds:
+                return attrs.evolve(info, state=DeviceState.LIVE, ublksrv_pid=NOBODY)
+            return info
+
+        async with dead_device(calm_kernel(), Recovery.REISSUE) as dead:
+            with mock.patch.object(Control, "device_info", device_info):
+                if in_time:
+                    await dead.target.recover_device(0, Memory(MIB))
+                    assert seconds <= trio.current_time() - began < NOTICE_SECONDS
+                    return
+                with pytest.raises(UsageError, match="has not noticed in 45 s"):
+                    await dead.target.recover_device(0, Memory(MIB))
+            await dead.target.recover_device(0, Memory(MIB))
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@pytest.mark.parametrize(("seconds", "in_time"), [(RELEASE_SECONDS - 1, True), (RELEASE_SECONDS + 1, False)])
+def test_a_server_s_end_that_lasts(seconds: float, in_time: bool) -> None:
+    """While the kernel still takes the last server's files apart the take-over is tried again, but not for ever."""
+    usual = Control.start_recovery
+
+    async def main() -> None:
+        began = trio.current_time()
+
+        async def start_recovery(control: Control, dev_id: int) -> None:
+            if trio.current_time() < began + seconds:
+                raise KernelError(errno.EBUSY, "busy")
+            await usual(control, dev_id)
+
+        async with dead_device(calm_kernel(), Recovery.REISSUE) as dead:
+            with mock.patch.object(Control, "start_recovery", start_recovery):
+                if not in_time:
+                    with pytest.raises(KernelError, match="busy"):
+                        await dead.target.recover_device(0, Memory(MIB))
+                    await trio.sleep(seconds)
+                await dead.target.recover_device(0, Memory(MIB))
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
 async def test_what_is_no_device_to_recover() -> None:

@@ -223,12 +223,13 @@ def test_what_is_saved_makes_the_same_again(
                 params = {"name": f"b{number}", "block_size": block_size, "num_blocks": blocks * 8}
                 await call(f"bdev_{kind}_create", params | ({} if uuid is None else {"uuid": str(uuid)}))
             if disks:
-                await call("ublk_create_target", mask)
+                await call("ublk_create_target", mask | {"disable_user_copy": masked})
             for number, (queues, depth, recovery, read_only) in enumerate(disks[: len(bdevs)]):
                 params = {"bdev_name": f"b{number}", "ublk_id": 9 - number, "num_queues": queues, "queue_depth": depth}
                 more = {"read_only": read_only} | ({} if recovery is None else {"recovery": recovery})
                 await call("ublk_start_disk", params | more)
             saved = json.dumps(save(first))
+        assert ('"disable_user_copy": true' in saved) == (masked and bool(disks))
         path = write(tmp_path_factory.mktemp("config"), saved, "saved.json")
         async with open_service(kernel) as second:
             await apply_config(dispatcher_of(second), second, read_config(path))

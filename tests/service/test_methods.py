@@ -6,6 +6,7 @@ import errno
 import logging
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import trio
@@ -13,7 +14,7 @@ import trio.testing
 
 from tests.search import broken_invariant
 from tests.service.bench import BLOCKS, INVALID, open_bench, refused
-from ublk_trio import SimKernel
+from ublk_trio import KernelError, KernelUnavailableError, SimKernel
 from ublk_trio.bdev import Bdev, Registry
 from ublk_trio.rpc import ErrorCode
 from ublk_trio.service.methods import METHODS
@@ -127,6 +128,42 @@ async def test_refusals_of_disks() -> None:
         assert 1 <= disk["num_queues"] < 9999
         assert await bench.call("ublk_stop_disk", ublk_id=0) is True
         assert await bench.call("ublk_destroy_target") is True
+
+
+async def test_queues_and_depth() -> None:
+    """Left out they are SPDK's, 1 and 128; more than the kernel has become what it has."""
+    async with open_bench() as bench:
+        await bench.malloc("a", "b")
+        await bench.start("a", 0)
+        await bench.start("b", 1, num_queues=9999, queue_depth=9999, mode="get-data")
+        few, many = await bench.call("ublk_get_disks")
+        assert (few["num_queues"], few["queue_depth"]) == (1, 128)
+        assert many["num_queues"] == bench.kernel.cpus
+        assert many["queue_depth"] == 4096
+
+
+async def test_an_id_of_0_and_none() -> None:
+    """0 is an id, no id is all disks; a disk that is started without one gets one that is free."""
+    async with open_bench() as bench:
+        await bench.malloc("a", "b", "c")
+        await bench.start("a", 0)
+        given = await bench.call("ublk_start_disk", bdev_name="b")
+        await bench.start("c", given + 1)
+        assert given > 0
+        assert [disk["bdev_name"] for disk in await bench.call("ublk_get_disks", ublk_id=0)] == ["a"]
+        assert [disk["id"] for disk in await bench.call("ublk_get_disks")] == [0, given, given + 1]
+
+
+async def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target that cannot open it is refused with the errno, and may be created later."""
+    async with open_bench(target=False) as bench:
+        for error, code in ((KernelError(errno.EACCES, "run as root"), errno.EACCES),
+                            (KernelUnavailableError("modprobe ublk_drv"), errno.ENODEV)):  # fmt: skip
+            with monkeypatch.context() as patch:
+                patch.setattr(SimKernel, "open_control", Mock(side_effect=error))
+                with refused(code, str(error)):
+                    await bench.call("ublk_create_target")
+        assert await bench.call("ublk_create_target") is True
 
 
 async def test_too_many_disks() -> None:

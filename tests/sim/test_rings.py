@@ -88,6 +88,14 @@ async def test_completions_come_in_any_order() -> None:
     assert len(orders) == 6
 
 
+async def test_a_reap_finds_all_that_is_ready() -> None:
+    """There is no other bound than the number of tags."""
+    async with machine(SimKernel(partition_scan=False)) as m, live(m, depth=128) as device:
+        for number in range(128):
+            device.disk.submit(IoOp.READ, 512 * (number % 100), 512)
+        assert len(device.queue.events()) == 128
+
+
 async def test_statistics_count() -> None:
     """The ring counts calls and what they moved."""
     async with machine(SimKernel(partition_scan=False)) as m, live(m) as device:
