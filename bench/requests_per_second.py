@@ -7,7 +7,6 @@ run with each other, not runs: under emulation all of it is some ten times slowe
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -16,6 +15,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import trio
+from fio import run_fio
 
 BACKENDS = ("null:1G", "memory:256M")
 WAYS = ("inline", "async")
@@ -60,23 +62,7 @@ def cpu_seconds(pid: int) -> float:
 
 def random_reads(path: str, depth: int, seconds: float) -> dict[str, Any]:
     """What fio says of 4 KiB random direct reads."""
-    command = [
-        "fio",
-        "--name=bench",
-        f"--filename={path}",
-        "--rw=randread",
-        "--bs=4k",
-        "--direct=1",
-        "--ioengine=io_uring",
-    ]
-    command += [f"--iodepth={depth}", "--time_based", f"--runtime={seconds}", "--output-format=json", "--norandommap"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 120, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"fio failed: {done.stderr.strip()}")
-    job: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise SystemExit(f"fio met error {job['error']}")
-    return job
+    return trio.run(run_fio, path, "randread", seconds, "--bs=4k", "--ioengine=io_uring", f"--iodepth={depth}")
 
 
 def measure(backend: str, serve: str, depth: int, seconds: float) -> tuple[float, float, float]:
@@ -84,9 +70,8 @@ def measure(backend: str, serve: str, depth: int, seconds: float) -> tuple[float
     with served(backend, serve, depth) as (path, pid):
         random_reads(path, depth, 1)
         before = cpu_seconds(pid)
-        job = random_reads(path, depth, seconds)
+        read = random_reads(path, depth, seconds)
         spent = cpu_seconds(pid) - before
-        read = job["read"]
         return read["iops"], read["lat_ns"]["mean"] / 1000, spent / read["total_ios"] * 1e6
 
 

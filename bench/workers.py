@@ -8,16 +8,15 @@ workers can only cost.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import resource
-import subprocess
 from collections.abc import Collection
 from functools import partial
 
 import attrs
 import trio
+from fio import run_fio
 
 from ublk_trio import DeviceOptions, Memory, RealKernel, open_target
 
@@ -39,25 +38,9 @@ def cpu_seconds() -> float:
 
 
 async def use(path: str, load: str, block_kib: int, depth: int, seconds: float) -> tuple[float, int]:
-    """What fio says: requests per second, and how many there were."""
-    command = ["fio", "--name=bench", f"--filename={path}", f"--rw={load}", f"--bs={block_kib}k", "--direct=1"]
-    command += ["--ioengine=libaio", f"--iodepth={depth}", "--numjobs=2", "--thread", "--group_reporting"]
-    command += [
-        "--time_based",
-        f"--runtime={seconds}",
-        "--norandommap",
-        "--output-format=json",
-        "--allow_file_create=0",
-    ]
-    # Trying out the CPU's clock costs as much as all the rest of fio's start.
-    command += ["--clocksource=clock_gettime"]
-    with trio.fail_after(seconds + 120):
-        done = await trio.run_process(command, capture_stdout=True, stderr=subprocess.STDOUT)
-    text = done.stdout.decode()
-    job = json.loads(text[text.index("{") :])["jobs"][0]
-    if job["error"]:
-        raise SystemExit(f"fio met error {job['error']}")
-    found = job["read" if load == "randread" else "write"]
+    """Requests per second, and how many there were."""
+    options = (f"--bs={block_kib}k", "--ioengine=libaio", f"--iodepth={depth}", "--numjobs=2", "--group_reporting")
+    found = await run_fio(path, load, seconds, *options)
     return found["iops"], found["total_ios"]
 
 
