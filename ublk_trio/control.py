@@ -55,7 +55,7 @@ _MEANING: dict[tuple[ControlCommand | None, int], str] = {
     (
         ControlCommand.ADD_DEV,
         errno.EPERM,
-    ): "only root may make such a disk; an ordinary user can make an unprivileged one",
+    ): "only root may make such a disk; an ordinary user can make an unprivileged one (`start --unprivileged`)",
     (ControlCommand.ADD_DEV, errno.EEXIST): "the id is in use; choose another, or leave it out to get a free one",
     (ControlCommand.ADD_DEV, errno.EACCES): (
         "the driver's limit on devices is reached; raise /sys/module/ublk_drv/parameters/ublks_max or stop one"
@@ -84,7 +84,7 @@ def _refusal(command: ControlCommand, dev_id: int, result: int, *, path: str = "
     if path and -result in (errno.EACCES, errno.EPERM):
         meaning = _NOT_YOURS.format(path)
     text = f"the kernel refused {command.name}{which}: {errno_text(result)}"
-    return KernelError(-result, f"{text}: {meaning}" if meaning else text)
+    return KernelError(-result, f"{text}: {meaning}" if meaning else text, command)
 
 
 @attrs.define

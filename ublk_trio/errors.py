@@ -18,6 +18,8 @@ from __future__ import annotations
 import errno as errno_names
 import os
 
+from ublk_trio.uapi import ControlCommand
+
 #: Linux's own for "not supported": user space has no name for it, but older drivers let it out.
 ENOTSUPP = 524
 
@@ -55,7 +57,14 @@ class UsageError(UblkError, ValueError):
 
 
 class KernelUnavailableError(UblkError):
-    """There is no ublk driver to talk to, or no way to talk to it; the message names the mend."""
+    """There is no ublk driver to talk to, or no way to talk to it; the message names the mend.
+
+    ``errno`` is what an attempt to open it gave; ENODEV where it did not come to that.
+    """
+
+    def __init__(self, message: str, number: int = errno_names.ENODEV) -> None:
+        super().__init__(message)
+        self.errno = abs(number)
 
 
 class _ErrnoError(UblkError, OSError):
@@ -73,7 +82,17 @@ class _ErrnoError(UblkError, OSError):
 
 
 class KernelError(_ErrnoError):
-    """The kernel refused a command. ``.errno`` is its errno, ``str()`` one line with its meaning here."""
+    """The kernel refused something. ``.errno`` is its errno, ``str()`` one line with its meaning here.
+
+    ``.command`` is the control command that was refused; None where it was something else, such as opening a file.
+    """
+
+    def __init__(self, number: int, message: str, command: ControlCommand | None = None) -> None:
+        super().__init__(number, message)
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.errno, self.message, self.command)
 
 
 class BackendError(_ErrnoError):

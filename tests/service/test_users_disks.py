@@ -5,16 +5,19 @@ from __future__ import annotations
 import errno
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from tests.service.bench import INVALID, open_bench, refused
-from ublk_trio import DeviceOptions, SimKernel, UsageError
+from ublk_trio import DeviceOptions, KernelUnavailableError, SimKernel, UsageError
+from ublk_trio.control import Control, open_control
+from ublk_trio.kernel_sim.char_device import Node
 from ublk_trio.service import methods_config, methods_ublk
 from ublk_trio.service.methods_config import save
-from ublk_trio.uapi import Feature
+from ublk_trio.uapi import DevInfo, Feature
 
 DATA = bytes(range(256)) * 16
 
@@ -108,3 +111,45 @@ def test_a_planted_bug_is_found(
     plant(monkeypatch)
     with pytest.raises(error):
         trio.run(functools.partial(run_life, by_service=False))
+
+
+class _Locked(SimKernel):
+    """As a real one without the udev rule: root's alone."""
+
+    def open_control(self) -> NoReturn:
+        raise KernelUnavailableError("cannot open /dev/ublk-control: EACCES (Permission denied)", errno.EACCES)
+
+
+async def test_a_driver_that_cannot_be_opened() -> None:
+    """The code of a refused target is the errno of opening the driver, and the target may be asked for again."""
+    async with open_bench(kernel=_Locked(), target=False) as bench:
+        for _ in range(2):
+            with refused(errno.EACCES, "cannot open /dev/ublk-control"):
+                await bench.call("ublk_create_target")
+        with refused(errno.ENOENT):
+            await bench.call("ublk_destroy_target")
+
+
+async def test_without_the_udev_rule(autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that stays root's is EACCES, which is not the code of too many disks; the bdev is free again."""
+    add_device = Control.add_device
+    kernel = users_kernel()
+
+    async def add(control: Control, info: DevInfo) -> DevInfo:
+        added = await add_device(control, info)
+        kernel.devices[added.dev_id].node = Node(uid=0, gid=0)
+        return added
+
+    async with open_bench(kernel=kernel, unprivileged=True) as bench:
+        await bench.malloc("a")
+        with monkeypatch.context() as patched:
+            patched.setattr(Control, "add_device", add)
+            with refused(errno.EACCES, "as root: `ublk-trio udev-rule --install`"):
+                await bench.start("a", 4)
+        assert await bench.call("ublk_get_disks") == []
+        assert (await bench.bdev("a"))["claimed"] is False
+        # Only root can take away what was begun; here it is the user who gets it after all.
+        kernel.devices[4].node = Node(uid=kernel.uid, gid=kernel.gid)
+        async with open_control(kernel) as control:
+            await control.device_info(4)
+            await control.delete_device(4)

@@ -245,7 +245,7 @@ def _open_control_device() -> int:
         errno.ENOENT: "load the driver: modprobe ublk_drv",
         errno.ENODEV: "load the driver: modprobe ublk_drv",
         errno.ENXIO: "load the driver: modprobe ublk_drv",
-        errno.EACCES: "run as root, or give yourself read and write access to it",
+        errno.EACCES: "run as root, or let ordinary users in (as root: `ublk-trio udev-rule --install`)",
         errno.EPERM: "run as root, or allow the device in the container's or cgroup's policy",
     }.get(number, "see dmesg")
-    raise KernelUnavailableError(f"cannot open {uapi.CONTROL_PATH}: {errno_text(number)}: {mend}")
+    raise KernelUnavailableError(f"cannot open {uapi.CONTROL_PATH}: {errno_text(number)}: {mend}", number)

@@ -64,7 +64,7 @@ def ring_error(number: int, call: str, what: str) -> UblkError:
             errno.EINVAL: "this kernel's io_uring is too old: boot Linux 6.0 or newer",
         }.get(abs(number))
         if unavailable is not None:
-            return KernelUnavailableError(f"cannot open the ring of {what}: {unavailable}")
+            return KernelUnavailableError(f"cannot open the ring of {what}: {unavailable}", number)
     mend = {
         errno.ENOMEM: ": free memory, raise the limit on locked memory (ulimit -l), or use fewer or shallower queues",
         errno.EMFILE: ": raise the limit on open files (ulimit -n)",

@@ -82,7 +82,7 @@ def explain(error: BaseException) -> RpcError:
         case UsageError():
             return RpcError(ErrorCode.INVALID_PARAMS, str(error))
         case KernelUnavailableError():
-            return RpcError(-errno.ENODEV, str(error))
+            return RpcError(-error.errno, str(error))
         case StuckError():
             return RpcError(-errno.ETIMEDOUT, str(error))
         case OSError() if error.errno:

@@ -35,6 +35,7 @@ from ublk_trio.options import DeviceOptions
 from ublk_trio.ring import Kernel
 from ublk_trio.service.cpumask import parse_cpumask
 from ublk_trio.target import Target, open_target
+from ublk_trio.uapi import ControlCommand
 
 logger = logging.getLogger("ublk_trio.service")
 
@@ -289,12 +290,12 @@ def _explained(dev_id: int | None) -> Iterator[None]:
     try:
         yield
     except KernelError as error:
-        if error.errno == errno.EEXIST:
-            raise BackendError(
-                errno.EBUSY, f"disk {dev_id} is another program's: choose another id, or none"
-            ) from error
-        if error.errno == errno.EACCES:
-            raise BackendError(errno.ENOTSUP, str(error)) from error
+        match error.command, error.errno:
+            case ControlCommand.ADD_DEV, errno.EEXIST:
+                busy = f"disk {dev_id} is another program's: choose another id, or none"
+                raise BackendError(errno.EBUSY, busy) from error
+            case ControlCommand.ADD_DEV, errno.EACCES:
+                raise BackendError(errno.ENOTSUP, str(error)) from error
         raise
 
 
