@@ -21,6 +21,7 @@ from ublk_trio import (
     UsageError,
     open_target,
 )
+from ublk_trio.cli.devices import stop_one
 from ublk_trio.control import Control, open_control
 from ublk_trio.device import ACCESS_SECONDS
 from ublk_trio.handlers import Serve
@@ -110,6 +111,9 @@ async def test_other_users_may_not() -> None:
                 with pytest.raises(KernelError, match="/dev/ublkc0 belongs to another user") as caught:
                     await control.device_info(0)
                 assert caught.value.errno == errno.EACCES
+            async with open_control(kernel) as control:
+                with pytest.raises(KernelError, match="/dev/ublkc0 belongs to another user"):
+                    await stop_one(kernel, control, 0, 5, if_unused=False)
             kernel.uid = kernel.gid = 1000
 
 

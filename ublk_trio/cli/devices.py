@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 from typing import Annotated, Any
@@ -18,6 +17,7 @@ from ublk_trio.control import Control, open_control
 from ublk_trio.device import already_gone_is_fine, try_stop
 from ublk_trio.errors import KernelError, StuckError, UsageError
 from ublk_trio.real import RealKernel
+from ublk_trio.ring import Kernel
 from ublk_trio.uapi import SECTOR_SHIFT, Feature
 
 _COLUMNS = ("id", "disk", "state", "backend", "queues", "depth", "size", "flags", "pid")
@@ -82,13 +82,16 @@ async def list_devices(*, json: Annotated[bool, Parameter(negative="")] = False)
     return ExitCode.OK
 
 
-async def _stop_one(kernel: RealKernel, control: Control, dev_id: int, seconds: float, *, if_unused: bool) -> None:
+async def stop_one(kernel: Kernel, control: Control, dev_id: int, seconds: float, *, if_unused: bool) -> None:
     """STOP_DEV or TRY_STOP_DEV, then DEL_DEV; both waits bounded together."""
     step = "STOP_DEV"
     with trio.move_on_after(seconds) as scope:
-        with contextlib.suppress(KernelError):
-            # Whether it is an unprivileged one; what is wrong with it says the next command.
-            await control.device_info(dev_id)
+        try:
+            await control.device_info(dev_id)  # learns whether it is an unprivileged one
+        except KernelError as error:
+            # Of another user's the next command would only say EINVAL; what else is wrong it says better.
+            if error.errno in (errno.EPERM, errno.EACCES):
+                raise
         if if_unused:
             await try_stop(kernel, control, dev_id)
         else:
@@ -140,7 +143,7 @@ async def stop(
             control.need(Feature.SAFE_STOP_DEV, "stop a disk only if nobody uses it")
         for dev_id in kernel.device_ids() if all else dict.fromkeys(ids):
             try:
-                await _stop_one(kernel, control, dev_id, seconds, if_unused=if_unused)
+                await stop_one(kernel, control, dev_id, seconds, if_unused=if_unused)
             except (KernelError, StuckError) as error:
                 failures.append(error)
     if failures:
