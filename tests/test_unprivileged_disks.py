@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 from unittest import mock
 
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 import ublk_trio.cli.udev
 from ublk_trio import (
@@ -164,6 +166,33 @@ def test_waits_for_udev(seconds: float) -> None:
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     assert kernel.leftovers() == ([] if in_time else ["device 0: DEAD"])
+
+
+@pytest.mark.parametrize("seconds", [5.0, ACCESS_SECONDS + 10])
+@pytest.mark.parametrize("cancelled_after", [1.0, math.inf])
+async def test_waits_for_the_disk_s_own_node(autojump_clock: MockClock, seconds: float, cancelled_after: float) -> None:
+    """A start returns when its user may use the disk: udev gives that node away later than the char device's. Nothing is left."""
+    begin, kernel = trio.current_time(), user_kernel(partition_scan=False)
+    live = False
+
+    def usable(_kernel: SimKernel, _dev_id: int) -> bool:
+        return trio.current_time() - begin >= seconds
+
+    with mock.patch.object(SimKernel, "disk_usable", usable):
+        async with open_target(kernel) as target:
+            with trio.move_on_after(cancelled_after):
+                if seconds < ACCESS_SECONDS:
+                    await target.start_device(Memory(MIB), UNPRIVILEGED)
+                    live = True
+                else:
+                    with pytest.raises(
+                        KernelError, match=r"/dev/ublkb0 was not given to this user .* is stopped again"
+                    ):
+                        await target.start_device(Memory(MIB), UNPRIVILEGED)
+            took = trio.current_time() - begin
+    assert took == pytest.approx(min(seconds, ACCESS_SECONDS, cancelled_after), abs=0.2)
+    assert live is (seconds < min(ACCESS_SECONDS, cancelled_after))
+    assert kernel.leftovers() == []
 
 
 async def test_cancelled_while_udev_is_awaited(caplog: pytest.LogCaptureFixture) -> None:

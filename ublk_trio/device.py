@@ -51,7 +51,7 @@ logger = logging.getLogger("ublk_trio.device")
 REFUSE_SECONDS = 5.0
 #: Seconds that DEL_DEV may take. It takes long only while somebody else has the disk open.
 DELETE_SECONDS = 5.0
-#: Seconds that udev has to give an unprivileged device's nodes to their owner.
+#: Seconds that udev has to give each of an unprivileged device's nodes to their owner.
 ACCESS_SECONDS = 30.0
 _ACCESS_PAUSE_SECONDS = 0.05
 #: Seconds between two looks at whether everything is answered, before a disk is let go. In between Trio waits in the kernel, which
@@ -83,6 +83,14 @@ async def try_stop(kernel: Kernel, control: Control, dev_id: int) -> None:
             raise
         users = ", ".join(kernel.disk_users(dev_id)) or f"`fuser -vam {kernel.disk_path(dev_id)}` may tell who"
         raise KernelError(errno.EBUSY, f"device {dev_id} is in use: {users}") from None
+
+
+def _not_given(node: str, outcome: str) -> KernelError:
+    return KernelError(
+        errno.EACCES,
+        f"{node} was not given to this user within {ACCESS_SECONDS:g} s: install the udev rule "
+        f"(as root: `ublk-trio udev-rule --install`); {outcome}",
+    )
 
 
 def _check_is_backend(backend: object) -> None:
@@ -370,14 +378,18 @@ class Device:
                 if error.errno not in (errno.EACCES, errno.EPERM):
                     raise
                 if trio.current_time() > deadline:
-                    raise KernelError(
-                        errno.EACCES,
-                        f"{self._kernel.char_path(info.dev_id)} was not given to this user within {ACCESS_SECONDS:g} s: install the "
-                        "udev rule (as root: `ublk-trio udev-rule --install`); what was begun is left for root: "
-                        f"`ublk-trio stop {info.dev_id}`",
-                    ) from None
+                    left = f"what was begun is left for root: `ublk-trio stop {info.dev_id}`"
+                    raise _not_given(self._kernel.char_path(info.dev_id), left) from None
             else:
                 return
+            await trio.sleep(_ACCESS_PAUSE_SECONDS)
+
+    async def _wait_for_disk(self) -> None:
+        """udev gives away the disk's own node by itself, some time after the disk is live."""
+        deadline = trio.current_time() + ACCESS_SECONDS
+        while not self._kernel.disk_usable(self.dev_id):
+            if trio.current_time() > deadline:
+                raise _not_given(self.path, "the disk is stopped again")
             await trio.sleep(_ACCESS_PAUSE_SECONDS)
 
     @asynccontextmanager
@@ -446,6 +458,8 @@ class Device:
                 nursery.start_soon(self._start_command)
                 with self._starting:
                     await self._start_ended.wait()
+                    if self._start_error is None and self.options.unprivileged:
+                        await self._wait_for_disk()
                 if self._start_error is not None:
                     raise self._start_error
                 if not self._stop_asked.is_set():

@@ -231,6 +231,10 @@ class Kernel(Protocol):
         """The path of the char device, ``/dev/ublkcN``."""
         ...
 
+    def disk_usable(self, dev_id: int) -> bool:
+        """Whether the disk's node is there, and this user may read and write it."""
+        ...
+
     def disk_users(self, dev_id: int) -> list[str]:
         """Who has the disk open, in words, as far as this process may know. For messages: it may be wrong a moment later."""
         ...

@@ -173,6 +173,9 @@ class SimKernel:
     def disk_path(self, dev_id: int) -> str:
         return f"/dev/ublkb{dev_id}"
 
+    def disk_usable(self, dev_id: int) -> bool:
+        return True  # only char devices have an owner here
+
     def disk_users(self, dev_id: int) -> list[str]:
         device = self.devices.get(dev_id)
         openers = device.disk.openers if device is not None and device.disk is not None else 0

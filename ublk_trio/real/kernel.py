@@ -63,6 +63,9 @@ class RealKernel:
     def char_path(self, dev_id: int) -> str:
         return f"/dev/ublkc{dev_id}"
 
+    def disk_usable(self, dev_id: int) -> bool:
+        return os.access(self.disk_path(dev_id), os.R_OK | os.W_OK)
+
     def disk_users(self, dev_id: int) -> list[str]:
         return users_of(self.disk_path(dev_id))
 
