@@ -8,7 +8,7 @@ import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import trio
@@ -20,7 +20,7 @@ from ublk_trio import UsageError, cli
 from ublk_trio.cli.exit_codes import ExitCode
 from ublk_trio.cli.rpc import _parse_parameters
 from ublk_trio.cli.rpc import rpc as rpc_command
-from ublk_trio.rpc import NoServerError, RpcError, call
+from ublk_trio.rpc import NoServerError, RpcError, call, client
 
 Clock = trio.testing.MockClock
 
@@ -62,6 +62,19 @@ async def test_a_cancelled_call(autojump_clock: Clock) -> None:
         assert scope.cancelled_caught
         await trio.sleep(5)
         assert run.service.ended == ["?"]
+
+
+async def test_not_for_this_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that one may not use is not taken for a missing server."""
+
+    async def refuse(_path: object) -> NoReturn:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(client, "_connect", refuse)
+    with pytest.raises(
+        NoServerError, match=r"/run/x is not for this user: EACCES \(Permission denied\); call as the server's user"
+    ):
+        await call("/run/x", "spdk_get_version")
 
 
 async def test_nobody_is_there() -> None:

@@ -46,6 +46,10 @@ async def call(path: str | os.PathLike[str], method: str, params: object = None)
     """
     try:
         stream = await _connect(path)
+    except PermissionError as error:
+        raise NoServerError(
+            f"{os.fspath(path)} is not for this user: {error_line(error)}; call as the server's user, or as root"
+        ) from error
     except OSError as error:
         raise NoServerError(
             f"no server answers at {os.fspath(path)}: {error_line(error)}; "
