@@ -235,19 +235,26 @@ class Server:
 
 @asynccontextmanager
 async def start_server(
-    *backends: str, options: Sequence[str] = (), ends_with: signal.Signals = signal.SIGTERM
+    *backends: str, options: Sequence[str] = (), ends_with: signal.Signals = signal.SIGTERM, prefix: Sequence[str] = ()
 ) -> AsyncIterator[Server]:
-    """A live server. If the block has not ended it, it must exit with 0 when it gets the signal, silently."""
+    """A live server. If the block has not ended it, it must exit with 0 when it gets the signal, silently.
+
+    ``prefix``: the words before the command, to run it as another user.
+    """
     arguments = [word for spec in backends for word in ("--backend", spec)]
-    async with _serving(["start", *arguments, *options], disks=len(backends), ends_with=ends_with) as server:
+    command = [*prefix, *UBLK_TRIO, "start", *arguments, *options]
+    async with _serving(command, disks=len(backends), ends_with=ends_with) as server:
         yield server
 
 
 @asynccontextmanager
-async def operated_server(socket: str, *, config: str | Path | None = None, disks: int = 0) -> AsyncIterator[Server]:
+async def operated_server(
+    socket: str, *, config: str | Path | None = None, disks: int = 0, prefix: Sequence[str] = ()
+) -> AsyncIterator[Server]:
     """A server that listens at a socket for remote calls; ``disks``: how many the configuration has."""
     more = [] if config is None else ["--config", str(config)]
-    async with _serving(["start", "--rpc-socket", socket, *more], disks=disks, ends_with=signal.SIGTERM) as server:
+    command = [*prefix, *UBLK_TRIO, "start", "--rpc-socket", socket, *more]
+    async with _serving(command, disks=disks, ends_with=signal.SIGTERM) as server:
         # Not until the socket is there: a server that was killed has left one.
         server.expected_stderr = f"ublk-trio: listening at {socket}\n"
         await wait_until(lambda: server.stderr() == server.expected_stderr, seconds=START_SECONDS_MAX)
@@ -257,17 +264,15 @@ async def operated_server(socket: str, *, config: str | Path | None = None, disk
 @asynccontextmanager
 async def recover_server(disk: str, backend: str, *, options: Sequence[str] = ()) -> AsyncIterator[Server]:
     """As `start_server`, for a disk whose server was killed."""
-    arguments = ["recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
-    async with _serving(arguments, disks=1, ends_with=signal.SIGTERM) as server:
+    command = [*UBLK_TRIO, "recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
+    async with _serving(command, disks=1, ends_with=signal.SIGTERM) as server:
         yield server
 
 
 @asynccontextmanager
-async def _serving(arguments: Sequence[str], *, disks: int, ends_with: signal.Signals) -> AsyncIterator[Server]:
+async def _serving(command: Sequence[str], *, disks: int, ends_with: signal.Signals) -> AsyncIterator[Server]:
     with tempfile.TemporaryFile() as stderr:
-        process = await trio.lowlevel.open_process(
-            [*UBLK_TRIO, *arguments], stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT
-        )
+        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT)
         try:
             server = Server(process, stderr)
             await server.wait_until_live(disks)

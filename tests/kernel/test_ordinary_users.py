@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 
-from tests.kernel.programs import CHECKOUT, UBLK_TRIO, Finished, Server, exists, run, ublk_trio
-from ublk_trio import RealKernel
+from tests.kernel.programs import (
+    CHECKOUT,
+    UBLK_TRIO,
+    Finished,
+    exists,
+    operated_server,
+    run,
+    start_server,
+    ublk_trio,
+)
+from tests.kernel.test_remote_calls import Client
+from ublk_trio import Memory, RealKernel, open_target
 from ublk_trio.control import open_control
 from ublk_trio.errors import KernelError
+from ublk_trio.rpc import RpcError
 from ublk_trio.uapi import CONTROL_PATH, Feature
 
 USER = 65534
@@ -37,9 +50,9 @@ def user_words() -> tuple[str, ...]:
     return (*words, f"--inh-caps=-all,+{read}", f"--ambient-caps=+{read}", f"--bounding-set=-all,+{read}")
 
 
-async def as_user(*command: str, seconds: float = 180.0) -> Finished:
+async def as_user(*command: str, seconds: float = 180.0, stdin: str = "") -> Finished:
     """Run a program as an ordinary user."""
-    return await run(*user_words(), *command, seconds=seconds)
+    return await run(*user_words(), *command, seconds=seconds, stdin=stdin)
 
 
 async def _give_away() -> None:
@@ -73,32 +86,11 @@ async def users_let_in() -> AsyncIterator[None]:
         os.chmod(CONTROL_PATH, mode)
 
 
-@asynccontextmanager
-async def user_server(arguments: Sequence[str]) -> AsyncIterator[Server]:
-    with tempfile.TemporaryFile() as stderr:
-        process = await trio.lowlevel.open_process(
-            [*user_words(), *UBLK_TRIO, "start", *arguments], stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT
-        )
-        try:
-            server = Server(process, stderr)
-            await server.wait_until_live(1)
-            yield server
-        finally:
-            with trio.CancelScope(shield=True):
-                if process.returncode is None:
-                    process.kill()
-                    await process.wait()
-                assert process.stdout is not None
-                await process.stdout.aclose()
-
-
 async def test_a_users_disk() -> None:
     """The user serves it, uses it, lists it and stops it; every byte is right, and nothing is left."""
-    async with users_let_in(), user_server(["--unprivileged", "--backend", "memory:16M", "--max-io", "64K"]) as server:
+    options = ["--unprivileged", "--max-io", "64K"]
+    async with users_let_in(), start_server("memory:16M", options=options, prefix=user_words()) as server:
         disk = server.disk
-        with trio.fail_after(60):
-            while os.stat(disk).st_uid != USER:  # noqa: ASYNC110 - there is no event to wait for
-                await trio.sleep(0.1)
         fio = [
             *("fio", "--name=verify", f"--filename={disk}", "--rw=randwrite", "--bs=4K", "--size=2M", "--direct=1"),
             *("--ioengine=psync", "--verify=crc32c", "--verify_fatal=1", "--allow_file_create=0", "--minimal"),
@@ -115,6 +107,36 @@ async def test_a_users_disk() -> None:
         (await as_user(*UBLK_TRIO, "stop", disk.removeprefix("/dev/ublkb"))).check()
         assert await server.wait() == 0
         assert not exists(disk)
+
+
+async def test_a_users_disk_by_call() -> None:
+    """A user's server makes disks of that user's by call; one of root's it neither replaces nor takes over."""
+    async with users_let_in(), open_target(RealKernel()) as target:
+        roots = await target.start_device(Memory(1 << 20))
+        with tempfile.TemporaryDirectory() as directory:
+            os.chown(directory, USER, USER)
+            socket = f"{directory}/rpc.sock"
+            async with operated_server(socket, prefix=user_words()):
+                await use_by_call(Client(socket), roots.dev_id)
+        assert exists(roots.path)
+
+
+async def use_by_call(client: Client, roots: int) -> None:
+    await client("ublk_create_target")
+    await client.malloc("m", 1 << 20)
+    for method, code in (("ublk_start_disk", errno.EBUSY), ("ublk_recover_disk", errno.EPERM)):
+        unprivileged = {"unprivileged": True} if method == "ublk_start_disk" else {}
+        with pytest.raises(RpcError) as refused:
+            await client(method, bdev_name="m", ublk_id=roots, **unprivileged)
+        assert refused.value.code == -code, refused.value
+    number = await client("ublk_start_disk", bdev_name="m", unprivileged=True)
+    disk = f"/dev/ublkb{number}"
+    data = "".join(f"{line:15}\n" for line in range(4096))
+    (await as_user("dd", f"of={disk}", "oflag=direct", "bs=64K", "iflag=fullblock", "status=none", stdin=data)).check()
+    read = (await as_user("dd", f"if={disk}", "iflag=direct", "bs=64K", "count=1", "status=none")).check()
+    assert read.stdout == data
+    assert await client("ublk_stop_disk", ublk_id=number) is True
+    assert not exists(disk)
 
 
 async def test_what_a_user_may_not() -> None:
