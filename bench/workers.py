@@ -56,7 +56,7 @@ async def measure(cpus: Collection[int] | None, load: str, block_kib: int, depth
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--depth", type=int, default=32, help="requests in flight of each of the two jobs")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each row")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each row")
     arguments = parser.parse_args()
     cpus = sorted(os.sched_getaffinity(0))
     ways: list[tuple[str, Collection[int] | None]] = [("none", None), ("1", cpus[-1:]), ("2", cpus[-2:])]
