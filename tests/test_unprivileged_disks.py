@@ -195,6 +195,26 @@ async def test_waits_for_the_disk_s_own_node(autojump_clock: MockClock, seconds:
     assert kernel.leftovers() == []
 
 
+async def test_stopped_while_its_own_node_is_awaited(autojump_clock: MockClock) -> None:
+    """Whoever stops a disk that its user may not open yet ends the start, at once."""
+    kernel = user_kernel(partition_scan=False)
+
+    async def stop_it() -> None:
+        await trio.sleep(1)
+        async with open_control(kernel) as control:
+            await control.device_info(0)
+            await control.stop_device(0)
+
+    with mock.patch.object(SimKernel, "disk_usable", return_value=False):
+        async with open_target(kernel) as target, trio.open_nursery() as nursery:
+            nursery.start_soon(stop_it)
+            begin = trio.current_time()
+            with pytest.raises(KernelError, match="device 0 was stopped while it was starting"):
+                await target.start_device(Memory(MIB), UNPRIVILEGED)
+            assert trio.current_time() - begin < 2
+    assert kernel.leftovers() == []
+
+
 async def test_cancelled_while_udev_is_awaited(caplog: pytest.LogCaptureFixture) -> None:
     """What a user may not use they may not delete: a start that is given up then says so, and is cancelled as asked."""
     add_device = Control.add_device

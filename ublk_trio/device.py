@@ -387,7 +387,7 @@ class Device:
     async def _wait_for_disk(self) -> None:
         """udev gives away the disk's own node by itself, some time after the disk is live."""
         deadline = trio.current_time() + ACCESS_SECONDS
-        while not self._kernel.disk_usable(self.dev_id):
+        while not (self._stop_asked.is_set() or self._kernel.disk_usable(self.dev_id)):
             if trio.current_time() > deadline:
                 raise _not_given(self.path, "the disk is stopped again")
             await trio.sleep(_ACCESS_PAUSE_SECONDS)
@@ -462,6 +462,8 @@ class Device:
                         await self._wait_for_disk()
                 if self._start_error is not None:
                     raise self._start_error
+                if self._stopped_by_others:
+                    raise KernelError(errno.EINTR, f"device {self.dev_id} was stopped while it was starting")
                 if not self._stop_asked.is_set():
                     # Whoever takes a disk over and is cancelled has not got it, and must not take it down with them.
                     await trio.lowlevel.checkpoint_if_cancelled()
