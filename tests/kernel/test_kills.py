@@ -31,7 +31,7 @@ from ublk_trio.uapi import DeviceState, Feature
 KILLS = int(os.environ.get("UBLK_TRIO_KILLS", "3"))
 SIZE = 8 << 20
 #: Bytes that fio writes, then verifies, then writes again.
-REGION = 1 << 20
+REGION = 4 << 20
 #: As deep as fio goes, and a queue twice that: a queue that has no idle tag left learns of its server's end 30 s late before 6.15.
 LOAD_DEPTH = 16
 DEPTH = 2 * LOAD_DEPTH
@@ -101,6 +101,24 @@ async def _kill(server: ForkedServer, load: Load) -> None:
     await server.kill()
 
 
+async def _pause_with_writes_in_flight(server: ForkedServer, load: Load) -> None:
+    while load.is_running:
+        await wait_until(lambda: writes_in_flight(server.disk) > 0 or not load.is_running)
+        await load.pause()
+        if writes_in_flight(server.disk) > 0:
+            return
+        load.resume()
+
+
+async def _fail_some(load: Load) -> None:
+    """Let a load that is paused ask for a little, a moment at a time: where all fails it gives up after a whole round of that."""
+    before = requests_done(load.disk)
+    while load.is_running and requests_done(load.disk) < before + LOAD_DEPTH:
+        load.resume()
+        await trio.sleep(0.01)
+        await load.pause()
+
+
 async def _verified_through_kills(
     servers: ForkedServers,
     kills: int,
@@ -111,8 +129,7 @@ async def _verified_through_kills(
     """The load after so many kills, a whole round of it after the last one."""
     server = await servers.start(make, DeviceOptions(queues=2, depth=DEPTH, max_io_bytes=65536, recovery=recovery))
     disk, dev_id = server.disk, server.dev_id
-    # With a rate below what the late server does. Else fio hurries through a whole round while all fails, and gives up.
-    load = VerifiedWrites(disk, *(["--rate_iops=30"] if recovery is Recovery.FAIL else []))
+    load = VerifiedWrites(disk)
 
     async def progress(done: Callable[[str], int], much: int) -> None:
         before = done(disk)
@@ -122,11 +139,13 @@ async def _verified_through_kills(
         await nursery.start(load.run)
         for left in reversed(range(kills)):
             await progress(requests_done, 2 * LOAD_DEPTH)
-            await _kill(server, load)
             if recovery is Recovery.FAIL:
+                await _pause_with_writes_in_flight(server, load)
+                await server.kill()
                 await wait_until_without_server(dev_id, DeviceState.FAIL_IO)
-                await progress(requests_done, LOAD_DEPTH)
-                await load.pause()
+                await _fail_some(load)
+            else:
+                await _kill(server, load)
             server = await servers.start(make if left else make_last, DeviceOptions(), recovers=dev_id)
             load.resume()
         # What remains of a round that the last kill was in, and a whole one.
