@@ -238,6 +238,16 @@ async def read_once(backend: Any, buffer: memoryview) -> Any:
     return outcome if isinstance(outcome, int) else await outcome
 
 
+def test_times() -> None:
+    """The shortest, the longest and all together, whatever comes first; those that failed count too."""
+    counters = Counters()
+    for ns in (5, 3, 9, 4):
+        counters.done("read", 512, ns)
+    counters.failed("read", OSError(errno.EIO, "broken"), 2)
+    read = counters.statistics().operations["read"]
+    assert (read.min_ns, read.max_ns, read.total_ns, read.count) == (2, 9, 23, 5)
+
+
 async def test_counters() -> None:
     """Each operation is counted once with its bytes; a failure by errno, with none; whatever way it was answered."""
     async with open_registry() as registry:

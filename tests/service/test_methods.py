@@ -300,6 +300,11 @@ async def test_counters() -> None:
         await bench.call("bdev_get_iostat", names=["a"], reset_mode="all", per_channel=False)
         (again,) = (await bench.call("bdev_get_iostat", name="a"))["bdevs"]
         assert (again["num_write_ops"], again["bytes_read"]) == (0, 0)
+        other_disk = await bench.start("b", 1)
+        for each in (disk, other_disk):
+            await each.write(0, DATA)
+        await bench.call("bdev_get_iostat", reset_mode="all")
+        assert [each["num_write_ops"] for each in (await bench.call("bdev_get_iostat"))["bdevs"]] == [0, 0]
 
 
 async def test_waiting_for_a_bdev() -> None:

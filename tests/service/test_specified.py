@@ -229,6 +229,28 @@ async def test_takes_and_answers(case: Case, path: Path) -> None:
     await check(case, path)
 
 
+OURS: Final = {"recovery": "requeue", "mode": "get-data", "read_only": True}
+SAVED: Final = [
+    *(case for case in CASES if case.method.endswith("_create") or case.method == "bdev_set_qos_limit"),
+    Case("ublk_start_disk", DISK[1] | OURS, (), equal(1), (TARGET, BASE)),
+    Case("ublk_start_disk", DISK[1] | {"read_only": True}, (), equal(1), (TARGET, BASE)),
+    Case("ublk_create_target", {"disable_user_copy": True}, (), true),
+]
+
+
+@pytest.mark.parametrize("case", SAVED, ids=str)
+async def test_what_was_given_is_saved(case: Case, path: Path) -> None:
+    """Every parameter of a call that makes something is in what is saved, with its value."""
+    given = {name: value for name, value in filled(case.params, path).items() if value not in (0, False)}
+    async with open_bench(target=False) as bench:
+        await prepare(bench, case, path)
+        await bench.call(case.method, **given)
+        subsystem = case.method.split("_", maxsplit=1)[0]
+        saved = await bench.call("framework_get_config", name=subsystem)
+        found = [call["params"] for call in saved if call["method"] == case.method]
+        assert any(given.items() <= params.items() for params in found), found
+
+
 async def test_killing() -> None:
     """The process gets the signal that was named."""
     dispatcher = Dispatcher()
