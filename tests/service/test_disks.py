@@ -14,10 +14,10 @@ import trio.testing
 
 from tests.errnos import raises
 from tests.test_recover import calm_kernel, dead_device
-from ublk_trio import Backend, DeviceOptions, KernelError, Memory, Recovery, SimKernel, UsageError
+from ublk_trio import Backend, Device, DeviceOptions, KernelError, Memory, Recovery, SimKernel, Target, UsageError
 from ublk_trio.bdev import Registry, open_registry
 from ublk_trio.service.cpumask import format_list
-from ublk_trio.service.disks import Disks, DiskState, open_disks
+from ublk_trio.service.disks import Disk, Disks, DiskState, open_disks
 
 SIZE = 64 * 1024
 
@@ -263,6 +263,44 @@ async def test_a_cancelled_owner_takes_everything_along() -> None:
             await trio.sleep_forever()
     assert scope.cancelled_caught
     assert not kernel.leftovers()
+
+
+async def test_asked_to_end_in_the_moment_in_which_it_is_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cancellation comes too late then: the disk stops, and the starter gets ECANCELED."""
+    start = Target.start_device
+    async with open_bench() as bench:
+
+        async def start_device(target: Target, backend: Backend, options: DeviceOptions | None = None) -> Device:
+            device = await start(target, backend, options)
+            bench.disks.get(4).end()
+            return device
+
+        monkeypatch.setattr(Target, "start_device", start_device)
+        with trio.fail_after(30), raises(errno.ECANCELED):
+            await bench.disks.start_disk("a", DeviceOptions(dev_id=4))
+        assert bench.ids() == []
+        assert bench.kernel.device_ids() == []
+        assert bench.registry.get("a").claimed_by is None
+
+
+async def test_each_live_disk_is_attended_to() -> None:
+    """Once, from when it is live; one that does not start is not."""
+    attended: list[int | None] = []
+    kernel = SimKernel(paranoid=True)
+
+    async def attend(disk: Disk) -> None:
+        assert disk.state is DiskState.LIVE
+        attended.append(disk.ublk_id)
+        await disk.gone.wait()
+
+    async with open_registry() as registry, open_disks(kernel, registry, attend=attend) as disks:
+        await registry.add("a", Memory(SIZE), product_name="Memory disk")
+        await disks.create_target()
+        await disks.start_disk("a", DeviceOptions(dev_id=2))
+        with raises(errno.EPERM):
+            await disks.start_disk("a", DeviceOptions(dev_id=3))
+        await trio.testing.wait_all_tasks_blocked()
+        assert attended == [2]
 
 
 async def test_a_resize_while_it_starts() -> None:

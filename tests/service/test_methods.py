@@ -166,6 +166,19 @@ async def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
         assert await bench.call("ublk_create_target") is True
 
 
+async def test_stopped_only_if_unused() -> None:
+    """A disk that somebody has open is EBUSY, and goes on; closed, it is stopped."""
+    async with open_bench() as bench:
+        await bench.malloc("a")
+        disk = await bench.start("a")
+        with disk.open():
+            with refused(errno.EBUSY):
+                await bench.call("ublk_stop_disk", ublk_id=0, if_unused=True)
+            await disk.write(0, DATA)
+        assert await bench.call("ublk_stop_disk", ublk_id=0, if_unused=True) is True
+        assert await bench.call("ublk_get_disks") == []
+
+
 async def test_too_many_disks() -> None:
     """What the driver's limit refuses is ENOTSUP, and the bdev is free again."""
     kernel = SimKernel(paranoid=True, version=(6, 8), devices_max=1)

@@ -13,7 +13,7 @@ import trio.testing
 
 from tests.service.bench import open_bench, refused
 from ublk_trio import BackendError, KernelError
-from ublk_trio.control import Control
+from ublk_trio.control import Control, open_control
 from ublk_trio.kernel_sim.kernel import SimKernel
 from ublk_trio.kernel_sim.ring import SimCharDevice, SimQueueRing
 from ublk_trio.ring import EVENT
@@ -81,6 +81,19 @@ async def test_a_stop_that_is_refused(caplog: pytest.LogCaptureFixture, autojump
             await bench.call("ublk_stop_disk", ublk_id=3)
         await bench.start("a", 3)
         assert await bench.call("ublk_stop_disk", ublk_id=3) is True
+
+
+async def test_a_deletion_that_is_refused(caplog: pytest.LogCaptureFixture) -> None:
+    """Whoever stopped the disk is told; its bdev is free, and the kernel's device is the only thing that is left."""
+    async with open_bench() as bench:
+        await bench.malloc("a")
+        await bench.start("a", 3)
+        with refusing(Control, "delete_device", number=errno.EIO), refused(errno.EIO, "delete_device"):
+            await bench.call("ublk_stop_disk", ublk_id=3)
+        assert await bench.call("ublk_get_disks") == []
+        assert (await bench.bdev("a"))["claimed"] is False
+        async with open_control(bench.kernel) as control:
+            await control.delete_device(3)
 
 
 async def test_a_fetch_that_is_refused(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
