@@ -127,7 +127,9 @@ async def find_recoverable(control: Control, dev_id: int) -> Recoverable:
         raise UsageError(f"device {dev_id} was made with {names}, which this version does not serve")
     params = await control.params(dev_id)
     if params.basic is None:
-        raise UsageError(f"device {dev_id} was never started: delete it and start a new one")
+        raise UsageError(
+            f"device {dev_id} was never started: delete it (`ublk-trio stop {dev_id}`) and start a new one"
+        )
     return Recoverable(info=info, params=params)
 
 
@@ -164,7 +166,9 @@ def _check_state(info: DevInfo) -> None:
     if info.state in _RECOVERABLE:
         return
     if info.state is not DeviceState.LIVE:
-        raise UsageError(f"device {dev_id} is stopped: there is nothing to recover; delete it and start a new one")
+        raise UsageError(
+            f"device {dev_id} is stopped: there is nothing to recover; delete it (`ublk-trio stop {dev_id}`) and start a new one"
+        )
     if _is_running(pid):
         raise UsageError(f"device {dev_id} is live: process {pid} serves it")
     raise UsageError(
