@@ -14,6 +14,7 @@ import trio
 
 from ublk_trio.backends import Backend, Memory, Null, as_async
 from ublk_trio.handlers import Handlers, Serve
+from ublk_trio.options import DataMode
 from ublk_trio.queue import Queue
 from ublk_trio.ring import EVENT, NO_SLOT, RingStatistics
 from ublk_trio.uapi import IO_RES_ABORT, IoOp
@@ -50,6 +51,9 @@ class EndlessRing:
     def commit(self, answers: list[int]) -> None:
         assert len(answers) == self.depth, "a batch is answered whole"
 
+    def copy_in(self, tag: int) -> int:
+        raise AssertionError("user copy is not measured here")
+
     async def wait(self) -> None:
         await trio.lowlevel.checkpoint()
 
@@ -65,7 +69,7 @@ def nanoseconds(backend: Backend, serve: Serve, *, depth: int, batches: int) -> 
     served = as_async(backend) if serve == "async" else backend
     trio.run(served.open)
     queue = Queue(
-        EndlessRing(depth=depth, batches=batches), Handlers(served, read_only=False), serve=serve, pooled=False
+        EndlessRing(depth=depth, batches=batches), Handlers(served, read_only=False), serve=serve, mode=DataMode.COPY
     )
 
     def fail(queue: Queue, error: BaseException) -> None:

@@ -9,6 +9,10 @@
  *   reason. A reap that finds nothing must therefore look at the TASKRUN flag, and enter when it is set.
  * - A tag has at most one command with the kernel and, once that is done, one completion that we have not reaped. So a CQ of twice the
  *   SQ, which has one entry a tag, cannot overflow.
+ * - With UBLK_F_USER_COPY the kernel copies nothing by itself. pread on the char device, at the tag's place, gets a WRITE's data,
+ *   pwrite puts a READ's there; both copy at once and by any thread's hand, as long as the request is not committed. A command with
+ *   an address is refused. So a READ's data is put there just before its commit is queued. A copy that came short or failed must
+ *   not be acknowledged in part: since Linux 7.2 the kernel takes any result above 0 for the whole request.
  * - Closing a ring only begins to end it: a kernel worker cancels its commands later, and until then a request may still be copied
  *   into our buffers. Only the kernel knows when that is over, and it tells us so: see the witness.
  */
@@ -39,6 +43,9 @@
 
 #define CONTROL_SQ_ENTRIES 16
 
+/* Descriptors count in sectors of 512 bytes, whatever a disk's blocks are. */
+#define SECTOR_SHIFT 9
+
 /* How often a submit is tried again while the kernel is short of memory. */
 #define SUBMIT_RETRIES_MAX 128
 
@@ -61,6 +68,8 @@ struct ut_queue {
 	uint64_t arena;
 	uint64_t buffer_stride;
 	const uint16_t *slots;
+	/* The char device, which stays open longer than the ring; -1 unless data moves by user copy. */
+	int user_copy_fd;
 	struct ut_queue_counters counters;
 	/*
 	 * The read end of a pipe whose only write end is a fixed file of the ring. The kernel drops a ring's fixed files after its last
@@ -223,6 +232,7 @@ int ut_queue_open(struct ut_queue **opened, struct ut_queue_config *config)
 	queue->arena = (uint64_t)(uintptr_t)config->arena;
 	queue->buffer_stride = config->buffer_stride;
 	queue->slots = config->slots;
+	queue->user_copy_fd = config->user_copy ? config->char_fd : -1;
 	config->failed = NULL;
 	*opened = queue;
 	return 0;
@@ -247,6 +257,11 @@ unsigned ut_queue_events_max(const struct ut_queue *queue)
 	return queue ? queue->ring.cq.ring_entries : 0;
 }
 
+static const struct ut_io_desc *tag_descriptor(const struct ut_queue *queue, uint16_t tag)
+{
+	return (const void *)(queue->descriptors + (uint64_t)tag * queue->descriptor_bytes);
+}
+
 static void read_event(const struct ut_queue *queue, const struct io_uring_cqe *cqe, struct ut_event *event)
 {
 	uint16_t tag = (uint16_t)cqe->user_data;
@@ -257,8 +272,7 @@ static void read_event(const struct ut_queue *queue, const struct io_uring_cqe *
 	if (cqe->res != UT_IO_RES_OK && cqe->res != UT_IO_RES_NEED_GET_DATA)
 		return;
 	if (tag < queue->depth) {
-		const struct ut_io_desc *descriptor =
-			(const void *)(queue->descriptors + (uint64_t)tag * queue->descriptor_bytes);
+		const struct ut_io_desc *descriptor = tag_descriptor(queue, tag);
 
 		event->op_flags = descriptor->op_flags;
 		event->nr_sectors = descriptor->nr_sectors;
@@ -289,12 +303,58 @@ int ut_queue_reap(struct ut_queue *queue, struct ut_event *events, unsigned max)
 /* The address that a tag's command carries. */
 static uint64_t tag_address(const struct ut_queue *queue, uint16_t tag)
 {
-	uint16_t slot = tag < queue->depth ? queue->slots[tag] : UT_NO_SLOT;
+	uint16_t slot = tag < queue->depth && queue->user_copy_fd < 0 ? queue->slots[tag] : UT_NO_SLOT;
 
 	return slot == UT_NO_SLOT ? 0 : queue->arena + slot * queue->buffer_stride;
 }
 
-static void prepare_answer(const struct ut_queue *queue, struct io_uring_sqe *sqe, int64_t answer)
+/*
+ * User copy: a READ's data, from the tag's buffer into the request, if the answer says that there is some. Gives the result to
+ * commit: the answer's, or -EIO when not all of it could be moved.
+ */
+static int32_t copy_out(struct ut_queue *queue, uint16_t tag, uint16_t number, int32_t result)
+{
+	uint16_t slot;
+	ssize_t copied;
+
+	if (queue->user_copy_fd < 0 || number != UT_IO_COMMIT_AND_FETCH_REQ || result <= 0 || tag >= queue->depth ||
+	    ut_io_op(tag_descriptor(queue, tag)) != UT_IO_OP_READ)
+		return result;
+	slot = queue->slots[tag];
+	if (slot != UT_NO_SLOT) {
+		copied = pwrite(queue->user_copy_fd, (const void *)(uintptr_t)(queue->arena + slot * queue->buffer_stride),
+				(size_t)result, (off_t)ut_user_copy_offset(queue->queue_id, tag, 0));
+		if (copied == result)
+			return result;
+	}
+	queue->counters.copies_failed++;
+	return -EIO;
+}
+
+/*
+ * User copy: a delivered WRITE's data, all of it, into a buffer; from any thread, before the tag is committed. -EIO: not all of it
+ * came. -ERANGE: there is no such buffer.
+ */
+int ut_queue_copy_in(const struct ut_queue *queue, uint16_t tag, uint16_t slot)
+{
+	uint64_t length;
+	ssize_t copied;
+
+	if (!queue)
+		return -EBADF;
+	if (tag >= queue->depth || slot >= queue->buffers || queue->user_copy_fd < 0)
+		return -ERANGE;
+	length = (uint64_t)tag_descriptor(queue, tag)->nr_sectors << SECTOR_SHIFT;
+	if (length > queue->buffer_stride)
+		return -ERANGE;
+	copied = pread(queue->user_copy_fd, (void *)(uintptr_t)(queue->arena + slot * queue->buffer_stride), length,
+		       (off_t)ut_user_copy_offset(queue->queue_id, tag, 0));
+	if (copied < 0)
+		return -errno;
+	return (uint64_t)copied == length ? 0 : -EIO;
+}
+
+static void prepare_answer(struct ut_queue *queue, struct io_uring_sqe *sqe, int64_t answer)
 {
 	uint16_t tag = (uint16_t)answer;
 	uint16_t number = (uint16_t)(answer >> 16);
@@ -307,13 +367,14 @@ static void prepare_answer(const struct ut_queue *queue, struct io_uring_sqe *sq
 	sqe->user_data = (uint64_t)number << 16 | tag;
 	command->q_id = queue->queue_id;
 	command->tag = tag;
-	command->result = (int32_t)(answer >> 32);
+	command->result = copy_out(queue, tag, number, (int32_t)(answer >> 32));
 	command->addr = tag_address(queue, tag);
 }
 
 /*
  * Send n answers (ring.py's pack_answer), in one system call unless there are more than SQEs. The submit itself copies the data of
- * READs out of the buffers, which is why it must not hold the GIL; cffi gives that up around every call.
+ * READs out of the buffers, which is why it must not hold the GIL; cffi gives that up around every call. With user copy each READ's
+ * data is moved here, by a system call of its own.
  *
  * -ERANGE, with nothing sent: a slot that is not in the arena. The kernel would write wherever that points.
  */

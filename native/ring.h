@@ -40,6 +40,7 @@ struct ut_queue_config {
 	uint64_t buffer_stride; /* bytes from one buffer to the next */
 	uint32_t buffers;
 	const uint16_t *slots; /* per tag: which buffer, or UT_NO_SLOT */
+	int user_copy;	       /* whether the device has UBLK_F_USER_COPY: then we move the data, and commands carry no address */
 	const char *failed;    /* out: the call that failed */
 };
 
@@ -48,6 +49,7 @@ struct ut_queue_counters {
 	uint64_t events;
 	uint64_t commits;
 	uint64_t answers;
+	uint64_t copies_failed; /* user copy: READs that were answered EIO because their data could not be moved */
 };
 
 struct ut_queue;
@@ -57,6 +59,7 @@ int ut_queue_fd(const struct ut_queue *queue);
 unsigned ut_queue_events_max(const struct ut_queue *queue);
 int ut_queue_reap(struct ut_queue *queue, struct ut_event *events, unsigned max);
 int ut_queue_commit(struct ut_queue *queue, const int64_t *answers, unsigned n);
+int ut_queue_copy_in(const struct ut_queue *queue, uint16_t tag, uint16_t slot);
 void ut_queue_counters(const struct ut_queue *queue, struct ut_queue_counters *counters);
 int ut_queue_close(struct ut_queue *queue);
 

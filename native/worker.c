@@ -7,6 +7,8 @@
  *   opens its queues' rings itself and sends every one of their commands.
  * - The data of a WRITE is copied when the kernel hands the request over, in the thread that fetched the tag; that of a READ in the
  *   thread that commits. Both are the worker here: that, and the system calls, is all that it does. It never runs Python.
+ * - With user copy a READ's data is moved by the worker as well, when it sends the answer. A WRITE's is moved by the engine's thread, which
+ *   alone knows when there is a buffer, and would have to be woken once more if the worker did it.
  * - A command that ends becomes task work of the worker. Task work wakes a thread that sleeps in epoll_wait, blocked signals or not,
  *   and is run before that returns; the ring's descriptor is readable then. So sleeping there misses nothing.
  * - A commit is no longer done when the call that asked for it returns: until the worker has sent it, the kernel has not read the
@@ -185,6 +187,7 @@ static int send_pending(struct ut_worker_queue *queue)
 static bool serve(struct ut_worker_queue *queue)
 {
 	struct ut_worker *worker = queue->worker;
+	struct ut_queue_counters of_ring;
 	int sent = send_pending(queue);
 	int reaped = 0;
 
@@ -197,7 +200,9 @@ static bool serve(struct ut_worker_queue *queue)
 		queue->broken = true;
 		epoll_ctl(worker->epoll_fd, EPOLL_CTL_DEL, ut_queue_fd(queue->ring), NULL);
 	}
+	ut_queue_counters(queue->ring, &of_ring);
 	lock(worker);
+	queue->counters.copies_failed = of_ring.copies_failed;
 	if (sent > 0)
 		queue->taken += (unsigned)sent;
 	if (reaped > 0) {
@@ -585,6 +590,12 @@ int ut_worker_queue_commit(struct ut_worker_queue *queue, const int64_t *answers
 	wake_worker(queue->worker);
 	unlock(queue->worker);
 	return 0;
+}
+
+/* As ut_queue_copy_in. What it reads of the ring does not change while that is open. */
+int ut_worker_queue_copy_in(const struct ut_worker_queue *queue, uint16_t tag, uint16_t slot)
+{
+	return queue ? ut_queue_copy_in(queue->ring, tag, slot) : -EBADF;
 }
 
 /* How many answers the kernel does not have yet: the last ones. Whoever was told of some is woken when there are fewer. */

@@ -28,6 +28,7 @@ int ut_worker_queue_fd(const struct ut_worker_queue *queue);
 unsigned ut_worker_queue_events_max(const struct ut_worker_queue *queue);
 int ut_worker_queue_reap(struct ut_worker_queue *queue, struct ut_event *events, unsigned max);
 int ut_worker_queue_commit(struct ut_worker_queue *queue, const int64_t *answers, unsigned n);
+int ut_worker_queue_copy_in(const struct ut_worker_queue *queue, uint16_t tag, uint16_t slot);
 int ut_worker_queue_untaken(struct ut_worker_queue *queue);
 int ut_worker_queue_arm(struct ut_worker_queue *queue);
 void ut_worker_queue_counters(struct ut_worker_queue *queue, struct ut_queue_counters *counters);

@@ -28,7 +28,7 @@ from ublk_trio import (
 from ublk_trio.control import Control
 from ublk_trio.errors import KernelError
 from ublk_trio.kernel_sim import Bio, SimBlockDevice
-from ublk_trio.options import RECOVERY_FLAGS
+from ublk_trio.options import MODE_FLAGS, RECOVERY_FLAGS
 from ublk_trio.recovery import NOTICE_SECONDS, RELEASE_SECONDS
 from ublk_trio.uapi import DeviceState, DevInfo, Feature, IoOp
 
@@ -97,12 +97,13 @@ async def test_taken_over(recovery: Recovery, of_held: int, of_later: int, versi
                 assert await dead.disk.read(block * BLOCK, BLOCK) == byte * BLOCK
 
 
-async def test_own_mode() -> None:
+@pytest.mark.parametrize("mode", DataMode)
+async def test_own_mode(mode: DataMode) -> None:
     """The device's own way of moving data is used, whatever the options say."""
     with trio.fail_after(30):
-        async with dead_device(calm_kernel(), Recovery.REISSUE, Feature.NEED_GET_DATA) as dead:
+        async with dead_device(calm_kernel(), Recovery.REISSUE, MODE_FLAGS[mode]) as dead:
             device = await dead.target.recover_device(0, Memory(MIB), DeviceOptions(queues=1, depth=64))
-            assert device.options.mode is DataMode.GET_DATA
+            assert device.options.mode is mode
             assert (device.options.queues, device.options.depth) == (2, 4)
             assert await dead.results() == [BLOCK, BLOCK]
 

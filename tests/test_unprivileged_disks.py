@@ -41,7 +41,7 @@ def user_kernel(version: tuple[int, int] = (7, 3), **options: object) -> SimKern
     return SimKernel(version=version, privileged=False, **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("mode", DataMode)
+@pytest.mark.parametrize("mode", [DataMode.COPY, DataMode.GET_DATA])
 @pytest.mark.parametrize("serve", ["inline", "async"])
 @pytest.mark.parametrize("version", [(6, 6), (6, 12), (6, 16), (7, 3)])
 async def test_serve_resize_list_and_stop(version: tuple[int, int], serve: Serve, mode: DataMode) -> None:
@@ -120,11 +120,12 @@ async def test_other_users_may_not() -> None:
 
 
 async def test_refused_in_words() -> None:
-    """What cannot be is said: not asked for, root's, with recovery, too old a kernel."""
+    """What cannot be is said: not asked for, root's, with recovery, by user copy, too old a kernel."""
     for kernel, options, why in [
         (user_kernel(), DeviceOptions(), "an ordinary user can make an unprivileged one"),
         (SimKernel(), UNPRIVILEGED, "root's disks are never unprivileged"),
         (user_kernel(), DeviceOptions(unprivileged=True, recovery=Recovery.REISSUE), "has no recovery"),
+        (user_kernel(), DeviceOptions(unprivileged=True, mode=DataMode.USER_COPY), "cannot have mode user-copy"),
         (user_kernel((6, 2)), UNPRIVILEGED, r"UNPRIVILEGED_DEV, which came with Linux 6\.3"),
     ]:
         async with open_target(kernel) as target:

@@ -1,8 +1,8 @@
-"""The bounded buffer pool of the GET_DATA mode: memory only for the requests in flight.
+"""The bounded buffer pool of the GET_DATA and USER_COPY modes: memory only for the requests in flight.
 
-In COPY mode every tag has a buffer of its own, posted ahead. In GET_DATA mode a queue has fewer buffers than tags: a
-READ or WRITE takes one when it arrives and gives it back when its commit was **submitted** (the kernel copies a
-READ's data out during the submit, so not before). A request that finds none waits; waiters are served in the order in
+In COPY mode every tag has a buffer of its own, posted ahead. In the others a queue has fewer buffers than tags: a
+READ or WRITE takes one when it arrives and gives it back when its commit was **submitted** (a READ's data is copied
+out during the submit, so not before). A request that finds none waits; waiters are served in the order in
 which they came.
 """
 

@@ -36,10 +36,10 @@ from ublk_trio.control import Control, open_control
 from ublk_trio.errors import KernelError, StuckError, UsageError
 from ublk_trio.handlers import Handlers, Serve
 from ublk_trio.nursery import open_plain_nursery
-from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
+from ublk_trio.options import MODE_FLAGS, RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
 from ublk_trio.params import params_of
 from ublk_trio.queue import Queue, QueueStatistics
-from ublk_trio.recovery import Recoverable, find_recoverable, recovery_of, start_recovery
+from ublk_trio.recovery import Recoverable, find_recoverable, mode_of, recovery_of, start_recovery
 from ublk_trio.ring import CharDevice, Kernel
 from ublk_trio.uapi import ANY_DEVICE_ID, DevInfo, Feature
 from ublk_trio.workers import Workers
@@ -327,14 +327,12 @@ class Device:
         flags = Feature.URING_CMD_COMP_IN_TASK
         if self._control.ioctl_encoded:
             flags |= Feature.CMD_IOCTL_ENCODE
-        if self.options.mode is DataMode.GET_DATA:
-            flags |= Feature.NEED_GET_DATA
         if self.options.recovery is not Recovery.OFF and self._control.features is not None:
             flags |= self._control.features & Feature.QUIESCE
         if self.options.unprivileged:
             self._control.need(Feature.UNPRIVILEGED_DEV, "make unprivileged disks")
             flags |= Feature.UNPRIVILEGED_DEV
-        return flags | RECOVERY_FLAGS[self.options.recovery]
+        return flags | MODE_FLAGS[self.options.mode] | RECOVERY_FLAGS[self.options.recovery]
 
     @asynccontextmanager
     async def _added(self) -> AsyncIterator[None]:
@@ -349,8 +347,8 @@ class Device:
         self._info = info = await control.add_device(asked)
         logger.debug("device %d: added: %s", info.dev_id, info)
         try:
-            if options.mode is DataMode.GET_DATA and Feature.NEED_GET_DATA not in info.flags:
-                raise UsageError(f"{self._kernel.name} does not do mode get-data: choose copy")
+            if mode_of(info.flags) is not options.mode:
+                raise UsageError(f"{self._kernel.name} does not do mode {options.mode.value}: choose copy")
             if recovery_of(info.flags) is not options.recovery:
                 raise UsageError(f"{self._kernel.name} does not do recovery {options.recovery.value}")
             if options.unprivileged:
@@ -438,14 +436,14 @@ class Device:
     @contextmanager
     def _opened_queues(self, char: CharDevice) -> Iterator[None]:
         info, options = self.info, self.options
-        pooled = options.mode is DataMode.GET_DATA
+        pooled = options.mode is not DataMode.COPY
         buffers = min(options.pool_buffers, info.queue_depth) if pooled else info.queue_depth
         assert self._handlers is not None
         try:
             for queue_id in range(info.nr_hw_queues):
                 worker = None if self._workers is None else self._workers.next()
                 ring = char.open_queue(queue_id, buffers=buffers, worker=worker)
-                self._queues.append(Queue(ring, self._handlers, serve=self.serve, pooled=pooled))
+                self._queues.append(Queue(ring, self._handlers, serve=self.serve, mode=options.mode))
             yield
         finally:
             self._close_rings()

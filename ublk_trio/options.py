@@ -21,6 +21,14 @@ class DataMode(Enum):
     COPY = "copy"
     #: A bounded pool of buffers per queue: memory for what is in flight only, for one more round trip per WRITE.
     GET_DATA = "get-data"
+    #: A bounded pool as well, without the round trip: the server moves the data itself, by a system call for each request.
+    USER_COPY = "user-copy"
+
+
+#: The feature that each asks the kernel for.
+MODE_FLAGS: Mapping[DataMode, Feature] = MappingProxyType(
+    {DataMode.COPY: Feature(0), DataMode.GET_DATA: Feature.NEED_GET_DATA, DataMode.USER_COPY: Feature.USER_COPY}
+)
 
 
 class Recovery(Enum):
@@ -79,7 +87,7 @@ class DeviceOptions:
     #: Bytes of the largest request.
     max_io_bytes: int = 512 * 1024
     mode: DataMode = attrs.field(default=DataMode.COPY, converter=_to_mode)
-    #: Buffers per queue in GET_DATA mode (at most `depth` are made).
+    #: Buffers per queue in GET_DATA and USER_COPY mode (at most `depth` are made).
     pool_buffers: int = 32
     #: None: "async" if the backend has an async method, else "inline".
     serve: Serve | None = None
@@ -100,6 +108,10 @@ class DeviceOptions:
             _check_range("the device id", self.dev_id, 0, MAX_DEVICES - 1)
         if self.unprivileged and self.recovery is not Recovery.OFF:
             raise UsageError("an unprivileged disk has no recovery: the kernel does not let it outlive its server")
+        if self.unprivileged and self.mode is DataMode.USER_COPY:
+            raise UsageError(
+                "an unprivileged disk cannot have mode user-copy: the kernel lets only root's servers copy"
+            )
         if self.serve not in (None, *get_args(Serve)):
             raise UsageError(f"serve is {self.serve!r}: known are {', '.join(get_args(Serve))}")
         if self.max_io_bytes % page_size:

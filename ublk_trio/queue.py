@@ -7,6 +7,8 @@ Facts it rests on:
   so a queue must go on
   **serving** while it is being stopped, and it ends not when it is told to but when the kernel has aborted every tag.
 - READ data is copied out of the buffer while the commit is being submitted; until then the buffer is in use.
+- Where the server moves the data (user copy), kernels since 7.2 take a short READ for a whole one, with whatever was in the
+  application's memory behind it. So a short READ is not committed there: the rest is asked of the backend.
 - A backend may be out of resources for a moment (ENOMEM): that request waits, see `back_pressure`.
 
 What this means: `Queue.run` shields itself from the scopes around it. It ends when all tags have ended. If serving
@@ -28,6 +30,7 @@ from ublk_trio.back_pressure import WaitingLine
 from ublk_trio.buffer_pool import BufferPool, PoolStatistics
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.handlers import Handlers, Outcome, Serve
+from ublk_trio.options import DataMode
 from ublk_trio.request import Request
 from ublk_trio.ring import EVENT, NO_SLOT, QueueRing, RingStatistics, pack_answer
 from ublk_trio.serve_async import serve_async
@@ -86,8 +89,8 @@ class QueueStatistics:
 class Queue:
     """One queue of a device. `run` serves it; everything else is for the two ways of serving."""
 
-    def __init__(self, ring: QueueRing, handlers: Handlers, *, serve: Serve, pooled: bool) -> None:
-        """``pooled``: GET_DATA mode, with the ring's buffers as a pool; else one buffer per tag."""
+    def __init__(self, ring: QueueRing, handlers: Handlers, *, serve: Serve, mode: DataMode) -> None:
+        """In `DataMode.COPY` the ring has one buffer per tag, in the others its buffers are a pool."""
         self.ring = ring
         self.queue_id = ring.queue_id
         self.tags = Tags(queue_id=ring.queue_id, depth=ring.depth)
@@ -106,7 +109,8 @@ class Queue:
         self.ended = trio.Event()
         self._answers: list[int] = []
         self._serve = serve_async if serve == "async" else serve_inline
-        self._pool = BufferPool(len(ring.buffers)) if pooled else None
+        self._pool = BufferPool(len(ring.buffers)) if mode is not DataMode.COPY else None
+        self._user_copy = mode is DataMode.USER_COPY
         #: Tags whose answers give a buffer back and were not sent yet; and of those that were sent, how many answers had been then.
         self._released: list[int] = []
         self._lent: deque[tuple[int, int]] = deque()
@@ -114,7 +118,7 @@ class Queue:
         self._requests = [Request(tag) for tag in range(ring.depth)]
         self._read_only_views = [view.toreadonly() for view in ring.buffers]
         for request in self._requests:
-            if pooled:
+            if self._pool is not None:
                 ring.slots[request.tag] = NO_SLOT
             else:
                 self._assign(request, request.tag)
@@ -216,9 +220,9 @@ class Queue:
             request.load(op_flags, nr_sectors, start_sector)
             if self._pool is None or request.op not in _HAS_DATA:
                 return request
-            if request.op != _READ:
+            if request.op != _READ and not self._user_copy:
                 return request  # its buffer came with NEED_GET_DATA
-            return request if self._take_buffer(request) else None
+            return request if self._take_buffer(request) and self._copy_in(request) else None
         happened = _EVENT_OF_RESULT.get(result, TagEvent.REFUSED)
         self.tags.step(tag, happened)
         if happened is TagEvent.WRITE_ANNOUNCED:
@@ -236,7 +240,8 @@ class Queue:
     def answer(self, request: Request, result: int) -> None:
         """Queue a request's commit and change its tag's state, with no await between: a commit is atomic.
 
-        Goes out with the next `flush`. The result ENOMEM is no answer: the request stands in line instead.
+        Goes out with the next `flush`. The result ENOMEM is no answer: the request stands in line instead. Nor is a short READ where
+        it must be whole: the request is `ready` for its rest.
         """
         tag, op = request.tag, request.op
         if result < 0:
@@ -245,6 +250,12 @@ class Queue:
                 return
             self._failed += 1
         else:
+            if self._user_copy and op == _READ:
+                if result < request.length:
+                    request.read_on(result)
+                    self.ready.append(request)
+                    return
+                result += request.done
             self._bytes[op] += result
         self.tags.step(tag, _COMMITTED)
         self._answers.append((result << 32) | _COMMIT | tag)
@@ -306,6 +317,18 @@ class Queue:
         self.tags.step(request.tag, TagEvent.GET_DATA)
         self._answers.append(pack_answer(IoCommand.NEED_GET_DATA, request.tag))
 
+    def _copy_in(self, request: Request) -> bool:
+        """With user copy, get the WRITE's data into its buffer. False when that failed: then the request is answered."""
+        if request.op == _READ:
+            return True
+        result = self.ring.copy_in(request.tag)
+        if result < 0:
+            logger.warning(
+                "queue %d: the data of a %s did not come: %s; it fails", self.queue_id, request, errno_text(result)
+            )
+            self.answer(request, -errno.EIO)
+        return result == 0
+
     def _lend_released(self) -> None:
         slots = self.ring.slots
         for tag in self._released:
@@ -325,7 +348,7 @@ class Queue:
             self._assign(request, slot)
             if self.tags[tag] is TagState.ANNOUNCED:
                 self._get_data(request)
-            else:
+            elif self._copy_in(request):
                 self.ready.append(request)
 
     # Beginning and end -----------------------------------------------------------------------------------------------
@@ -378,16 +401,17 @@ class Queue:
 
     def statistics(self) -> QueueStatistics:
         """A snapshot; costs a walk over the tags."""
+        ring = self.ring.statistics()
         return QueueStatistics(
             queue_id=self.queue_id,
             requests={op.name: self._counts[op] for op in IoOp if self._counts[op]},
             bytes_read=self._bytes[IoOp.READ],
             bytes_written=self._bytes[IoOp.WRITE],
-            failed=self._failed,
+            failed=self._failed + ring.copies_failed,
             in_flight=self.tags.count(SERVER_OWES),
             waiting=len(self.line),
             waited_total=self.line.waited_total,
-            ring=self.ring.statistics(),
+            ring=ring,
             pool=self._pool.statistics() if self._pool is not None else None,
             cpu=self.ring.worker.cpu if self.ring.worker is not None else None,
         )

@@ -19,7 +19,7 @@ from ublk_trio.backends import Backend
 from ublk_trio.control import Control
 from ublk_trio.errors import KernelError, UsageError
 from ublk_trio.handlers import Handlers
-from ublk_trio.options import RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
+from ublk_trio.options import MODE_FLAGS, RECOVERY_FLAGS, DataMode, DeviceOptions, Recovery
 from ublk_trio.params import params_of
 from ublk_trio.uapi import SECTOR_SHIFT, BasicAttr, DeviceState, DevInfo, Feature, Params
 
@@ -31,14 +31,7 @@ RELEASE_SECONDS = 5.0
 _PAUSE_SECONDS = 0.02
 
 #: Ways of moving data, and kinds of disk, that this version cannot take over.
-_NOT_SERVED = (
-    Feature.SUPPORT_ZERO_COPY
-    | Feature.USER_COPY
-    | Feature.AUTO_BUF_REG
-    | Feature.BATCH_IO
-    | Feature.ZONED
-    | Feature.INTEGRITY
-)
+_NOT_SERVED = Feature.SUPPORT_ZERO_COPY | Feature.AUTO_BUF_REG | Feature.BATCH_IO | Feature.ZONED | Feature.INTEGRITY
 _RECOVERABLE = frozenset({DeviceState.QUIESCED, DeviceState.FAIL_IO})
 
 
@@ -59,7 +52,7 @@ class Recoverable:
             queues=info.nr_hw_queues,
             depth=info.queue_depth,
             max_io_bytes=info.max_io_buf_bytes,
-            mode=DataMode.GET_DATA if Feature.NEED_GET_DATA in info.flags else DataMode.COPY,
+            mode=mode_of(info.flags),
             recovery=recovery_of(info.flags),
             unprivileged=Feature.UNPRIVILEGED_DEV in info.flags,
             read_only=BasicAttr.READ_ONLY in self.params.basic.attrs,
@@ -98,6 +91,11 @@ def _promises(params: Params) -> frozenset[str]:
     if params.discard is not None and params.discard.max_write_zeroes_sectors:
         promises.add("write-zeroes")
     return frozenset(promises)
+
+
+def mode_of(flags: Feature) -> DataMode:
+    """How the data of a device with these flags moves."""
+    return next((mode for mode, needed in MODE_FLAGS.items() if needed & flags), DataMode.COPY)
 
 
 def recovery_of(flags: Feature) -> Recovery:

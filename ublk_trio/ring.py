@@ -16,7 +16,10 @@ call. Both sides of that exchange are packed integers rather than objects:
 
 **Buffers.** A queue ring owns an arena of page-aligned buffers, all of the same size. `slots[tag]` says which of them
 the tag's commands point the kernel at (`NO_SLOT`: none). With one buffer per tag it is the identity and nobody
-touches it; with a bounded pool the engine sets it before it sends NEED_GET_DATA or COMMIT_AND_FETCH_REQ.
+touches it; with a bounded pool the engine sets it before it sends NEED_GET_DATA or COMMIT_AND_FETCH_REQ, or calls `QueueRing.copy_in`.
+
+**User copy.** On a device with `uapi.Feature.USER_COPY` the kernel copies nothing by itself: the ring does, between the tag's buffer
+and the request. A WRITE's data comes by `QueueRing.copy_in`; a READ's is moved by `QueueRing.commit`, before its answer is sent.
 
 **Threads.** A ring belongs to the thread that opened it; the kernel refuses commands for a tag from any other. With a
 `Worker` that is the worker's thread, and the engine's only hands over: then an answer is with the kernel some time after
@@ -68,6 +71,8 @@ class RingStatistics:
     commits: int
     answers: int
     waits: int
+    #: With user copy: READs that were answered EIO in place of a success, because their data could not be moved.
+    copies_failed: int = 0
 
 
 class ControlRing(Protocol):
@@ -160,7 +165,15 @@ class QueueRing(Protocol):
         """Send all the answers, in order, in one call, or have the worker send them. Never blocks. What `slots` says then, counts.
 
         Raises `KernelError` when the ring itself fails; then the ring is of no more use. A refusal of a single command
-        comes as an event with its negative errno.
+        comes as an event with its negative errno. With user copy a READ's data is moved before its answer is sent, and a READ
+        whose data cannot all be moved is answered EIO: see `RingStatistics.copies_failed`.
+        """
+        ...
+
+    def copy_in(self, tag: int) -> int:
+        """User copy: move a delivered WRITE's data, all of it, into the tag's buffer. 0, or a negative errno when that did not work.
+
+        At once, in the thread that calls, also with a worker. Raises `trio.ClosedResourceError`.
         """
         ...
 

@@ -240,13 +240,14 @@ async def test_failing_write(arm: Arm, script: object, seen: int, caplog: pytest
                 assert await disk.read(4096, 4096) == b"x" * 4096
 
 
-async def test_short_read_is_asked_again(arm: Arm) -> None:
-    """A short read gives the application all its bytes: the kernel asks for the rest."""
+@pytest.mark.parametrize("mode", [DataMode.COPY, DataMode.USER_COPY])
+async def test_short_read_is_asked_again(arm: Arm, mode: DataMode) -> None:
+    """A short read gives the application all its bytes: the kernel asks for the rest, or the queue does where the kernel would not."""
     backend = Trouble()
     backend.data[:] = random.Random(1).randbytes(len(backend.data))
     with trio.fail_after(30):
         async with open_target(arm.kernel) as target:
-            device = await target.start_device(backend)
+            device = await target.start_device(backend, DeviceOptions(mode=mode))
             async with arm.open_disk(device) as disk:
                 backend.script = 4096
                 assert await disk.read(0, 16384) == backend.data[:16384]
@@ -519,7 +520,7 @@ async def test_not_a_backend(arm: Arm) -> None:
 
 def test_unknown_choices() -> None:
     """A mode or a way of serving that is not known is an error, never another one."""
-    with pytest.raises(UsageError, match="mode is 'copi': known are copy, get-data"):
+    with pytest.raises(UsageError, match="mode is 'copi': known are copy, get-data, user-copy"):
         DeviceOptions(mode="copi")
     with pytest.raises(UsageError, match="serve is 'asinc': known are inline, async"):
         DeviceOptions(serve="asinc").check(page_size=4096)  # type: ignore[arg-type]

@@ -20,11 +20,11 @@ def queue_count(disk: str) -> int:
     ("serve", "queues", "mode"),
     [
         ("inline", 1, "copy"),
-        ("inline", 4, "copy"),
-        ("async", 1, "copy"),
         ("async", 4, "copy"),
         ("inline", 4, "get-data"),
         ("async", 1, "get-data"),
+        ("inline", 4, "user-copy"),
+        ("async", 1, "user-copy"),
     ],
 )
 async def test_every_byte(tmp_path: Path, serve: str, queues: int, mode: str) -> None:

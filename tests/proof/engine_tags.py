@@ -20,13 +20,13 @@ from unittest import mock
 import trio
 
 from tests.proof.coverage_table import Table
-from ublk_trio import Backend
+from ublk_trio import Backend, DataMode
 from ublk_trio.arena import make_slots
 from ublk_trio.errors import IllegalTagEventError, KernelError
 from ublk_trio.handlers import Handlers
 from ublk_trio.kernel_sim import FirstChoice, scheduled_by
 from ublk_trio.queue import Queue
-from ublk_trio.ring import EVENT, RingStatistics, unpack_answer
+from ublk_trio.ring import EVENT, NO_SLOT, RingStatistics, unpack_answer
 from ublk_trio.tag import TRANSITIONS, TagEvent, Tags, TagState
 from ublk_trio.uapi import IO_RES_ABORT, IO_RES_NEED_GET_DATA, IO_RES_OK, IoCommand, IoOp
 
@@ -78,6 +78,13 @@ class ScriptedRing:
             command, tag, _ = unpack_answer(answer)
             assert self._pending[tag] is None, f"tag {tag}: two commands at a time"
             self._pending[tag] = IoCommand(command)
+
+    def copy_in(self, tag: int) -> int:
+        assert self._pending[tag] is None, f"tag {tag}: a copy while the kernel has it"
+        assert self.slots[tag] != NO_SLOT, f"tag {tag}: a copy into nowhere"
+        if self._closed:
+            raise trio.ClosedResourceError
+        return -errno.EIO if self._one_in(10) else 0
 
     def reap(self) -> memoryview:
         if self._closed:
@@ -178,16 +185,17 @@ class SuspendingDisk(Backend):
 def run(seed: int) -> None:
     """One queue's life. Raises what it must not end with."""
     generator = random.Random(seed)
-    suspending, announces, breaks = seed % 2 == 1, seed % 4 > 1, seed % 3 == 0
+    suspending, mode, breaks = seed % 2 == 1, tuple(DataMode)[seed // 6 % 3], seed % 3 == 0
+    announces = mode is DataMode.GET_DATA
     depth = 1 + generator.randrange(4)
-    buffers = 1 + generator.randrange(depth) if announces else depth
+    buffers = depth if mode is DataMode.COPY else 1 + generator.randrange(depth)
     ring = ScriptedRing(generator, depth=depth, buffers=buffers, announces=announces, breaks=breaks)
     backend: Backend = SuspendingDisk(generator) if suspending else PlainDisk()
     failures: list[BaseException] = []
 
     async def serve() -> None:
         handlers = Handlers(backend, read_only=False)
-        queue = Queue(ring, handlers, serve="async" if suspending else "inline", pooled=announces)
+        queue = Queue(ring, handlers, serve="async" if suspending else "inline", mode=mode)
         ring.tags = queue.tags
         raised: list[BaseException] = []
         try:

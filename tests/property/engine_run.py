@@ -6,6 +6,7 @@ import errno
 import math
 from collections.abc import Collection
 
+import attrs
 import trio
 
 from tests.property.disks import FIRST_WRITE, AsyncDisk, Call, Disk, PlainDisk
@@ -15,9 +16,10 @@ from tests.property.plans import Ask, DiskPlan
 from tests.property.pumped import PumpedRun
 from tests.property.served import Served
 from tests.property.tape import Tape
-from ublk_trio import DeviceOptions, KernelError, SimKernel, Target, open_target
+from ublk_trio import DataMode, DeviceOptions, KernelError, SimKernel, Target, open_target
 from ublk_trio.back_pressure import RETRY_SECONDS
 from ublk_trio.control import open_control
+from ublk_trio.uapi import FEATURE_RELEASE, Feature
 
 PASSES_MAX = 3_000
 #: The faults that a disk has only if its plan says so.
@@ -150,6 +152,8 @@ class EngineRun:
     # What a program does
 
     def start_disk(self, plan: DiskPlan) -> None:
+        if plan.mode is DataMode.USER_COPY and self.kernel.version < FEATURE_RELEASE[Feature.USER_COPY]:
+            plan = attrs.evolve(plan, mode=DataMode.GET_DATA)
         disk = Disk(
             blocks=plan.blocks,
             choose=self.tape.choose,
@@ -157,7 +161,11 @@ class EngineRun:
             suspensions_max=plan.suspensions_max,
             fails_to_open=plan.fails_to_open,
         )
-        model = ByteModel(disk, volatile_cache="flush" not in plan.unsupported)
+        model = ByteModel(
+            disk,
+            volatile_cache="flush" not in plan.unsupported,
+            copies_fall_short=plan.mode is DataMode.USER_COPY and "copy-short" in self.faults,
+        )
         served = Served(number=len(self.served), plan=plan, disk=disk, model=model)
         self.served.append(served)
         self.helpers.start_soon(self._start, served)

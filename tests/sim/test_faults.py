@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.sim.mini import Machine, RawQueue, basic_params, live, machine, opened
 from ublk_trio.kernel_sim import DrawnChoices, SeededChoices, SimKernel
 from ublk_trio.kernel_sim.faults import BY_NAME, FAULTS, ORDINARY, Layer, of_layers
-from ublk_trio.uapi import ControlCommand, DevInfo, IoOp
+from ublk_trio.uapi import ControlCommand, DevInfo, Feature, IoOp
 
 SIMULATED = of_layers(Layer.RING, Layer.COMMANDS, Layer.PROCESS)
 
@@ -83,6 +83,22 @@ async def worker_late(m: Machine, bad: Bad) -> bool:
     worker.close()
     assert await m.delete() == 0
     return untaken == 1
+
+
+async def copy_short(m: Machine, bad: Bad) -> bool:
+    async with live(m, flags=Feature.USER_COPY) as device:
+        ring = device.queue.ring
+        read = device.disk.submit(IoOp.READ, 0, 1024)
+        write = device.disk.submit(IoOp.WRITE, 4096, b"w" * 1024)
+        bad.bad = True
+        of_read, of_write = device.queue.events()
+        copied = ring.copy_in(of_write.tag)
+        for event in (of_read, of_write):
+            device.queue.commit(event.tag, 1024)
+        assert write.result == 1024
+        assert read.result == (copied or 1024)
+        assert ring.statistics().copies_failed == (1 if copied else 0)
+        return copied == -errno.EIO
 
 
 async def late_cancel(m: Machine, bad: Bad) -> bool:
@@ -175,6 +191,7 @@ TRIALS: dict[str, Trial] = {
     "completions-reordered": completions_reordered,
     "spurious-wake-up": spurious_wake_up,
     "worker-late": worker_late,
+    "copy-short": copy_short,
     "late-cancel": late_cancel,
     "held-longer": held_longer,
     "no-memory": no_memory,

@@ -27,7 +27,7 @@ async def start(
     queues: int = 1,
     depth: int = 128,
     max_io: str = "512K",
-    mode: Literal["copy", "get-data"] = "copy",
+    mode: Literal["copy", "get-data", "user-copy"] = "copy",
     serve: Serve | None = None,
     read_only: Annotated[bool, Parameter(negative="")] = False,
     recovery: Literal["off", "requeue", "reissue", "fail"] = "off",
@@ -61,7 +61,8 @@ async def start(
     max_io
         The largest request.
     mode
-        How data moves: "copy" posts a buffer per request ahead, "get-data" takes buffers from a bounded pool.
+        How data moves: "copy" posts a buffer per request ahead, "get-data" takes buffers from a bounded pool, and so does "user-copy",
+        where the server copies itself.
     serve
         "inline" calls the backend in the loop that reaps requests, "async" lets requests wait for each other's I/O.
         Default: what suits the backend.

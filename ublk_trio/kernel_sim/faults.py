@@ -89,6 +89,13 @@ FAULTS: tuple[Fault, ...] = (
         ordinary=True,
     ),
     Fault(
+        name="copy-short",
+        layer=Layer.RING,
+        happens="a pread or pwrite of user copy moves only half of what was asked for",
+        permitted="it ends where the server's memory cannot be had; 6.12 and 7.3 then return what was moved until there",
+        choices=("copy-short",),
+    ),
+    Fault(
         name="late-cancel",
         layer=Layer.COMMANDS,
         happens="a control command whose caller is cancelled is carried out all the same",

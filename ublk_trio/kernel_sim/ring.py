@@ -1,6 +1,7 @@
 """The rings: how a server talks to the driver, without io_uring.
 
-**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole, also with a worker. A reap may find any part of what is
+**Supported.** `ring.ControlRing`, `ring.CharDevice` and `ring.QueueRing` whole, also with a worker; user copy as `user_copy`
+has it, with copies that fall short if the fault `copy-short` strikes. A reap may find any part of what is
 ready, in any order, and a wait may end for nothing, as Choices has it; nothing is ever lost: what a reap left makes the
 next `wait` return, and no two reaps in a row find nothing of something.
 **Rejected.** Calls on something closed: `trio.ClosedResourceError`, as the real ring. A second opener, a queue that
@@ -22,9 +23,10 @@ import trio
 from ublk_trio.arena import Arena, make_slots
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.kernel_sim.control import Call, execute
+from ublk_trio.kernel_sim.user_copy import UserCopy
 from ublk_trio.kernel_sim.worker import SimWorker
 from ublk_trio.ring import EVENT, NO_SLOT, RECALLED_WHEN_CANCELLED, RingStatistics, Worker
-from ublk_trio.uapi import ControlCommand, Feature, IoCommand
+from ublk_trio.uapi import ControlCommand, Feature, IoCommand, IoOp, user_copy_offset
 
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.device import SimDevice
@@ -195,7 +197,8 @@ class SimQueueRing:
         self._closed = False
         self._came_back_empty = False
         self._woke_for_nothing = False
-        self._reaps = self._reaped = self._commits = self._answers = self._waits = 0
+        self._reaps = self._reaped = self._commits = self._answers = self._waits = self._copies_failed = 0
+        self._user_copy = bool(device.info.flags & Feature.USER_COPY)
         device.rings.append(self)
         if kernel.log is not None:
             kernel.log.append(("ring-opened", device.dev_id, queue_id, self._depth))
@@ -354,11 +357,55 @@ class SimQueueRing:
         log = self._kernel.log
         if log is not None:
             log.append(("command", self._device.dev_id, self._queue_id, tag, number, answer >> 32))
+        result = answer >> 32
+        if self._user_copy:
+            result = self._copy_out(number, tag, slot, result)
+            slot = NO_SLOT
         # NO_SLOT becomes address 0.
-        refusal = self._refusal or self._queue.command(self, number, tag, answer >> 32, slot + 1 & NO_SLOT)
+        refusal = self._refusal or self._queue.command(self, number, tag, result, slot + 1 & NO_SLOT)
         if refusal:
             self._queue.refused(number, tag, refusal)
             self.post_result(tag, refusal)
+
+    def _copy_out(self, number: int, tag: int, slot: int, result: int) -> int:
+        """A READ's data, on its way to the commit: the result to send."""
+        if number != IoCommand.COMMIT_AND_FETCH_REQ or result <= 0 or tag >= self._depth:
+            return result
+        request = self._queue.tags[tag].request
+        if request is None or request.op != IoOp.READ:
+            return result
+        if slot != NO_SLOT:
+            data = self.buffers[slot][:result]
+            try:
+                # Who commits, copies: the worker, if there is one.
+                if self._user_copy_of(self.task, tag, write=True).write(data[: self._copied(result)]) == result:
+                    return result
+            except KernelError:
+                pass
+        self._copies_failed += 1
+        return -errno.EIO
+
+    def copy_in(self, tag: int) -> int:
+        if self._closed:
+            raise self._closed_error()
+        request, slot = self._queue.tags[tag].request, self._slots[tag]
+        assert self._user_copy, "the device has no user copy"
+        assert request is not None, f"tag {tag} has no request"
+        assert slot < len(self.buffers), f"tag {tag}: there is no buffer {slot}"
+        try:
+            data = self._user_copy_of(self._thread, tag, write=False).read(self._copied(request.length))
+        except KernelError as error:
+            return -(error.errno or errno.EIO)
+        self.buffers[slot][: len(data)] = data
+        return 0 if len(data) == request.length else -errno.EIO
+
+    def _user_copy_of(self, task: object, tag: int, *, write: bool) -> UserCopy:
+        position = user_copy_offset(queue_id=self._queue_id, tag=tag, offset=0)
+        return UserCopy(self._device, task, position, write=write)
+
+    def _copied(self, length: int) -> int:
+        """How much of a copy of that length there is memory for."""
+        return length >> 1 if self._kernel.strikes("copy-short") else length
 
     def _send_handed(self) -> None:
         handed, self._handed = self._handed, []
@@ -399,6 +446,7 @@ class SimQueueRing:
             commits=self._commits,
             answers=self._answers,
             waits=self._waits,
+            copies_failed=self._copies_failed,
         )
 
     def close(self) -> None:

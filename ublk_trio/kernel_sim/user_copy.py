@@ -30,7 +30,6 @@ from ublk_trio.uapi import (
 if TYPE_CHECKING:
     from ublk_trio.kernel_sim.block import Request
     from ublk_trio.kernel_sim.device import SimDevice
-    from ublk_trio.kernel_sim.process import SimTask
     from ublk_trio.kernel_sim.queue import SimQueue
     from ublk_trio.kernel_sim.tag import SimTag
 
@@ -41,7 +40,7 @@ _NOTHING: Final = memoryview(bytearray())
 class UserCopy:
     """A pread or pwrite under way. Making one carries out the checks and raises `KernelError`; `finish` copies."""
 
-    def __init__(self, device: SimDevice, task: SimTask, position: int, *, write: bool) -> None:
+    def __init__(self, device: SimDevice, task: object, position: int, *, write: bool) -> None:
         self._path = device.kernel.char_path(device.dev_id)
         self._finished = False
         version = device.kernel.version

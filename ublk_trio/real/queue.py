@@ -52,6 +52,7 @@ class _Calls:
     events_max: Callable[[Any], int]
     reap: Callable[[Any, Any, int], int]
     commit: Callable[[Any, list[int], int], int]
+    copy_in: Callable[[Any, int, int], int]
     counters: Callable[[Any, Any], None]
     close: Callable[[Any], int]
 
@@ -62,6 +63,7 @@ def _calls_of_thread(lib: _Lib) -> _Calls:
         events_max=lib.ut_queue_events_max,
         reap=lib.ut_queue_reap,
         commit=lib.ut_queue_commit,
+        copy_in=lib.ut_queue_copy_in,
         counters=lib.ut_queue_counters,
         close=lib.ut_queue_close,
     )
@@ -73,6 +75,7 @@ def _calls_of_worker(lib: _Lib) -> _Calls:
         events_max=lib.ut_worker_queue_events_max,
         reap=lib.ut_worker_queue_reap,
         commit=lib.ut_worker_queue_commit,
+        copy_in=lib.ut_worker_queue_copy_in,
         counters=lib.ut_worker_queue_counters,
         close=lib.ut_worker_queue_close,
     )
@@ -116,9 +119,10 @@ class RealQueueRing:
         self._event_bytes = memoryview(event_bytes).toreadonly()
         self._events = self._ffi.from_buffer("struct ut_event[]", event_bytes, require_writable=True)
         self._nothing = self._event_bytes[:0]
-        # Bound once: these two calls are all that a request costs here.
+        # Bound once: these calls are all that a request costs here, the last one only a WRITE with user copy.
         self._native_reap = self._calls.reap
         self._native_commit = self._calls.commit
+        self._native_copy_in = self._calls.copy_in
 
     def _open(self, char_fd: int, info: DevInfo, ioctl_encoded: bool) -> Any:
         descriptor_bytes = info.io_desc_size if Feature.IO_DESC_SIZE in info.flags else uapi.IO_DESC_SIZE
@@ -143,6 +147,7 @@ class RealQueueRing:
         config.slots = self._slots_pointer
         config.buffer_stride = self._arena.stride
         config.buffers = len(self._buffers)
+        config.user_copy = Feature.USER_COPY in info.flags
         if self._worker is None:
             opened = self._ffi.new("struct ut_queue **")
             error = self._lib.ut_queue_open(opened, config)
@@ -202,6 +207,15 @@ class RealQueueRing:
         if error < 0:
             raise self._ring_failure("commit", error)
 
+    def copy_in(self, tag: int) -> int:
+        result = self._native_copy_in(self._queue, tag, self._slots[tag])
+        if result == -errno.EBADF and self._queue == self._ffi.NULL:
+            raise self._ring_failure("copy in", result)
+        assert result != -errno.ERANGE, (
+            f"queue {self._queue_id} tag {tag}: user copy needs a buffer, and a device that has it"
+        )
+        return result
+
     def _ring_failure(self, what: str, number: int) -> Exception:
         if self._queue == self._ffi.NULL:
             return trio.ClosedResourceError("the queue ring is closed")
@@ -234,6 +248,7 @@ class RealQueueRing:
             commits=counters.commits,
             answers=counters.answers,
             waits=self._waits,
+            copies_failed=counters.copies_failed,
         )
 
     def close(self) -> None:
