@@ -28,16 +28,21 @@ def make_tree(root: Path, files: int) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("kind", "serve", "queues"),
-    # Every two of them together.
-    [("memory", "inline", 1), ("memory", "async", 4), ("file", "inline", 4), ("file", "async", 1)],
+    ("kind", "serve", "queues", "mode"),
+    # Every two of the first three together.
+    [
+        ("memory", "inline", 1, "user-copy"),
+        ("memory", "async", 4, "get-data"),
+        ("file", "inline", 4, "copy"),
+        ("file", "async", 1, "user-copy"),
+    ],
 )
-async def test_tree_survives(tmp_path: Path, kind: str, serve: str, queues: int) -> None:
+async def test_tree_survives(tmp_path: Path, kind: str, serve: str, queues: int, mode: str) -> None:
     """ext4: copy thousands of files, unmount, fsck clean, mount again, and every byte is there; also after a second fsck."""
     tree = make_tree(tmp_path / "tree", FILES)
     spec = "memory:96M" if kind == "memory" else f"file:{make_file(tmp_path / 'image', 96 << 20)}"
     async with start_server(
-        spec, options=["--serve", serve, "--queues", str(queues)], ends_with=signal.SIGINT
+        spec, options=["--serve", serve, "--queues", str(queues), "--mode", mode], ends_with=signal.SIGINT
     ) as server:
         await make_filesystem(server.disk)
         async with mounted(server.disk, tmp_path / "mount") as directory:

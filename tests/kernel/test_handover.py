@@ -38,8 +38,10 @@ async def _hand_over_under_load(backend: str, *options: str) -> None:
                     load.check_disk_was_fine()
 
 
-@pytest.mark.parametrize("mode", ["copy", "get-data"])
-@pytest.mark.parametrize("recovery", ["requeue", "reissue"])
+@pytest.mark.parametrize(
+    ("recovery", "mode"),
+    [("requeue", "copy"), ("requeue", "user-copy"), ("reissue", "get-data"), ("reissue", "user-copy")],
+)
 async def test_handed_over_under_fio(tmp_path: Path, recovery: str, mode: str) -> None:
     """However often the server is replaced, fio goes on without an error, and every byte that it verifies is right."""
     if recovery == "requeue" and not await kernel_has(Feature.QUIESCE):

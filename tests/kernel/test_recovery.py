@@ -78,12 +78,13 @@ async def test_fail_until_recovered(tmp_path: Path) -> None:
             (await run(*read, f"if={disk}")).check()
 
 
-async def test_content_is_there_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["get-data", "user-copy"])
+async def test_content_is_there_again(tmp_path: Path, mode: str) -> None:
     """What was written before the kill is read after the recovery; the device is as it was: queues, depth, mode, flags."""
     backend = f"file:{make_file(tmp_path / 'image', SIZE)}"
     content = tmp_path / "content"
     content.write_bytes(os.urandom(1 << 20))
-    async with start_server(backend, options=[*OPTIONS, "--mode", "get-data", "--recovery", "requeue"]) as server:
+    async with start_server(backend, options=[*OPTIONS, "--mode", mode, "--recovery", "requeue"]) as server:
         disk = server.disk
         (await run("dd", f"if={content}", f"of={disk}", "bs=64K", "oflag=direct", "status=none")).check()
         (before,) = json.loads((await ublk_trio("list", "--json")).check().stdout)

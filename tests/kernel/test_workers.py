@@ -76,7 +76,7 @@ async def use_every_queue(device: Device) -> None:
 
 
 async def test_every_byte() -> None:
-    """fio's bytes are right in both modes; queues are on the workers in turn, device after device; each worker does its part."""
+    """fio's bytes are right in every mode; queues are on the workers in turn, device after device; each worker does its part."""
     async with open_target(RealKernel(), cpus=CPUS) as target:
         assert [worker.cpu for worker in target.workers] == CPUS
         check_pinned(os.getpid())
@@ -88,7 +88,9 @@ async def test_every_byte() -> None:
         assert placement(pooled) == (CPUS[1:] + CPUS)[: len(CPUS)]
         await target.stop_device(first)
         copied = await target.start_device(Memory(32 * MIB), DeviceOptions(queues=2, serve="inline"))
-        for device in (pooled, copied):
+        options = DeviceOptions(queues=2, serve="inline", mode=DataMode.USER_COPY, pool_buffers=4)
+        moved = await target.start_device(Memory(32 * MIB), options)
+        for device in (pooled, copied, moved):
             await fio_verify(device.path)
             await use_every_queue(device)
             assert all(queue.requests for queue in device.statistics().queues)

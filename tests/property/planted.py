@@ -18,6 +18,7 @@ import trio
 from ublk_trio.back_pressure import WaitingLine
 from ublk_trio.device import Device
 from ublk_trio.handlers import Handlers, Outcome
+from ublk_trio.kernel_sim import ring as sim_ring
 from ublk_trio.kernel_sim.ring import SimQueueRing
 from ublk_trio.queue import Queue
 from ublk_trio.request import Request
@@ -25,7 +26,7 @@ from ublk_trio.ring import NO_SLOT, CharDevice, pack_answer, unpack_answer
 from ublk_trio.serve_async import _Crew, _Worker
 from ublk_trio.tag import Tags
 from ublk_trio.target import Target
-from ublk_trio.uapi import IoCommand, IoFlag, IoOp
+from ublk_trio.uapi import IoCommand, IoFlag, IoOp, user_copy_offset
 
 _DATA_OPS = (IoOp.READ, IoOp.WRITE)
 Plant = Callable[[], AbstractContextManager[None]]
@@ -330,6 +331,69 @@ def get_data_without_a_buffer() -> Iterator[None]:
         return take(queue, request) or request.op == IoOp.WRITE
 
     with mock.patch.object(Queue, "_take_buffer", careless):
+        yield
+
+
+@_planted
+def short_read_taken_for_whole() -> Iterator[None]:
+    """A short READ is committed as it is, also where the kernel takes any result for all of it."""
+    answer = Queue.answer
+
+    def content(queue: Queue, request: Request, result: int) -> None:
+        asks_again, queue._user_copy = queue._user_copy, False
+        try:
+            answer(queue, request, result)
+        finally:
+            queue._user_copy = asks_again
+
+    with mock.patch.object(Queue, "answer", content):
+        yield
+
+
+@_planted
+def rest_over_the_beginning() -> Iterator[None]:
+    """The rest of a short READ is put over its beginning in the buffer."""
+    read_on = Request.read_on
+
+    def back(request: Request, count: int) -> None:
+        buffer = request.buffer
+        read_on(request, count)
+        request.buffer = buffer
+
+    with mock.patch.object(Request, "read_on", back):
+        yield
+
+
+@_planted
+def unfetched_data() -> Iterator[None]:
+    """With user copy the backend is given a WRITE whose data nobody has fetched."""
+    with mock.patch.object(Queue, "_copy_in", return_value=True):
+        yield
+
+
+@_planted
+def copied_after_the_answer() -> Iterator[None]:
+    """With user copy a READ is answered first, and its data moved then."""
+    send, copy_out = SimQueueRing._send, SimQueueRing._copy_out
+
+    def late(ring: SimQueueRing, answer: int, slot: int) -> None:
+        with mock.patch.object(SimQueueRing, "_copy_out", lambda ring, number, tag, slot, result: result):
+            send(ring, answer, slot)
+        if ring._user_copy:
+            copy_out(ring, _command(answer), answer & 0xFFFF, slot, answer >> 32)
+
+    with mock.patch.object(SimQueueRing, "_send", late):
+        yield
+
+
+@_planted
+def copied_one_block_off() -> Iterator[None]:
+    """With user copy data is moved from and to one block behind its place."""
+
+    def beside(*, queue_id: int, tag: int, offset: int) -> int:
+        return user_copy_offset(queue_id=queue_id, tag=tag, offset=offset + 512)
+
+    with mock.patch.object(sim_ring, "user_copy_offset", beside):
         yield
 
 

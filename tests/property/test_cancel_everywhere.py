@@ -39,6 +39,8 @@ class Scenario:
     choices: Choices
     #: What each suspension of the async disk is: 2 is a single pass, 0 waits until it is cancelled.
     suspend_for: int
+    #: How the data of the second disk moves, which has one buffer for all its tags.
+    mode: DataMode = DataMode.GET_DATA
     #: Where the target has workers; None: it has none.
     cpus: tuple[int, ...] | None = None
     kernel: SimKernel = attrs.field(init=False)
@@ -89,7 +91,7 @@ class Scenario:
         # In the scenario "cancel start" it is this call that is cancelled, again and again.
         with self.scope if self.how == "cancel start" else trio.CancelScope():
             first = await target.start_device(PlainDisk(plain, none), options)
-            pooled = attrs.evolve(options, mode=DataMode.GET_DATA, pool_buffers=1)
+            pooled = attrs.evolve(options, mode=self.mode, pool_buffers=1)
             second = await target.start_device(AsyncDisk(suspending, none), pooled)
             if self.how != "cancel start":
                 self._submit(first)
@@ -180,8 +182,15 @@ def test_interrupted_at_every_step(how: How, suspend_for: int, seed: int | None)
     assert steps > 25, "the scenario has steps to interrupt"
 
 
+@pytest.mark.parametrize("mode", [DataMode.GET_DATA, DataMode.USER_COPY])
 @pytest.mark.parametrize("how", ["cancel", "raise", "cancel start"])
-def test_interrupted_at_every_step_with_late_workers(how: How) -> None:
+def test_interrupted_at_every_step_with_late_workers(how: How, mode: DataMode) -> None:
     """The same of a target with workers that send as late as they can."""
     late = DrawnChoices(lambda what, options: options - 1 if what == "worker-late" else 0)
-    assert interrupt_everywhere(lambda: Scenario(how, late, suspend_for=2, cpus=(0, 1))) > 25
+    assert interrupt_everywhere(lambda: Scenario(how, late, suspend_for=2, mode=mode, cpus=(0, 1))) > 25
+
+
+@pytest.mark.parametrize("how", ["cancel", "raise", "cancel start"])
+def test_interrupted_at_every_step_with_user_copy(how: How) -> None:
+    """The same where the server moves the data."""
+    assert interrupt_everywhere(lambda: Scenario(how, FirstChoice(), suspend_for=2, mode=DataMode.USER_COPY)) > 25

@@ -16,7 +16,7 @@ SEED = 54
 #: What that seed gives. Trio's scheduling is a part of the run; it has been the same since 0.27, the oldest allowed. It changes with the engine, the
 #: simulator or the scenario: `test_pinned_digest` prints the new one.
 TRIO = "0.35.0"
-DIGEST = "81b686fd565457939676cfba891a1e24cfff01db6409ddfd3cb4d98a7438b738"
+DIGEST = "9eee0b58e508b6acde4cce7586e7c64cd15e65bcd50bf0ddc02d90be93491062"
 _ARGUMENTS = ["-m", "ublk_trio", "sim", "--seed", str(SEED), "--json"]
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="needs a b
 WINDOW = {"width": 1700, "height": 1000}
 NARROW = {"width": 420, "height": 800}
 LANES_MAX, EVENTS_MAX = 30, 350
+#: Too many for a narrow window, or scrolling could not fail; and so with a single fault.
+LANES_MIN, FAULTS_MIN = 20, 2
 #: Of the drawing: the labels' column, a lane's height.
 LABELS_PIXELS, LANE_PIXELS = 150, 18
 #: The zoom at which marks and spans of neighbouring events do not cover each other.
@@ -73,14 +76,15 @@ class Shown:
 
 
 def is_telling(report: Report) -> bool:
-    """Whether a run has everything that a timeline can show, but for the states of recovery, in few lanes."""
+    """Whether a run has everything that a timeline can show, but for the states of recovery, in few lanes, but not too few."""
     shown = Shown(Path(), report)
-    marks = {mark for _, mark, *_ in shown.events}
+    marks = Counter(mark for _, mark, *_ in shown.events)
     states = {state for *_, spans in shown.lanes for _, _, state, _ in spans}
     return (
         len(marks) == len(MARKS)
         and states >= set(STATES) - {"QUIESCED", "FAIL_IO"}
-        and len(shown.lanes) <= LANES_MAX
+        and LANES_MIN <= len(shown.lanes) <= LANES_MAX
+        and marks[list(MARKS).index("fault")] >= FAULTS_MIN
         and len(shown.events) <= EVENTS_MAX
     )
 
@@ -264,6 +268,8 @@ def check_pointing(page: Page, shown: Shown) -> None:
         assert abs(view.x_of(event) - x) < view.pixels_an_event, "the wheel zooms in on what is under the pointer"
         page.point(view.x_of(event), y)
         assert f"{event} {kind}: {text}" in page.text("#tip").split("\n")
+        _, _, width, height = page.box("#tip")
+        assert min(width, height) > 0, "it is told where a person sees it"
         page.click(view.x_of(event), y)
         assert page.text("#details").split("\n")[:2] == [f"event {event} {kind}", text]
         assert page.text(".row.selected").split() == f"{event} {kind} {text}".split()

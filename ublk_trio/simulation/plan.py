@@ -12,8 +12,10 @@ from typing import TypeVar
 import attrs
 
 from ublk_trio.kernel_sim import Choices
+from ublk_trio.kernel_sim.version import KernelVersion
 from ublk_trio.options import DataMode, DeviceOptions
 from ublk_trio.simulation.faults import DECISIONS, FAULTS
+from ublk_trio.uapi import FEATURE_RELEASE, Feature
 
 T = TypeVar("T")
 
@@ -67,14 +69,15 @@ def draw_plan(choices: Choices, allowed: frozenset[str]) -> Plan:
     )
 
 
-def draw_disk(choices: Choices, plan: Plan, dev_id: int) -> DiskPlan:
-    """Decide what one disk of the run is made of."""
+def draw_disk(choices: Choices, plan: Plan, dev_id: int, version: KernelVersion) -> DiskPlan:
+    """Decide what one disk of the run is made of, on a kernel of that release."""
+    has_user_copy = version >= FEATURE_RELEASE[Feature.USER_COPY]
     options = DeviceOptions(
         dev_id=dev_id,
         queues=_one_of(choices, "queues", _QUEUES),
         depth=_one_of(choices, "depth", _DEPTHS),
         max_io_bytes=_one_of(choices, "largest request", _IO_BYTES_MAX),
-        mode=_one_of(choices, "mode", (DataMode.COPY, DataMode.GET_DATA)),
+        mode=_one_of(choices, "mode", tuple(DataMode) if has_user_copy else (DataMode.COPY, DataMode.GET_DATA)),
         pool_buffers=_one_of(choices, "pool", _POOL_BUFFERS),
     )
     return DiskPlan(

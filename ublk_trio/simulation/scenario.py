@@ -204,7 +204,7 @@ class Scenario:
 
     def _start_one(self, target: Target, nursery: trio.Nursery) -> None:
         dev_id = len(self._served)
-        disk_plan = draw_disk(self._choices, self.plan, dev_id)
+        disk_plan = draw_disk(self._choices, self.plan, dev_id, self.kernel.version)
         block_bytes = disk_plan.block_bytes
         region_bytes = self.plan.blocks * block_bytes
         medium = Medium(
