@@ -115,7 +115,10 @@ class Worker(Protocol):
         ...
 
     def close(self) -> None:
-        """End the thread, and wait for its end; the rings that it owns must have been closed before. Repeatable."""
+        """End the thread, and wait for its end; the rings that it owns must have been closed before. Repeatable.
+
+        In a process that was forked from the worker's this only forgets the worker, which is not there.
+        """
         ...
 
 

@@ -97,6 +97,29 @@ async def test_every_byte() -> None:
     await wait_until(lambda: workers_of(os.getpid()) == {})
 
 
+@pytest.mark.any_kernel
+async def test_a_fork_has_no_workers() -> None:
+    """A forked child has none of these threads: there closing a worker and its rings returns at once, and here all goes on."""
+    async with open_target(RealKernel(), cpus=CPUS) as target:
+        device = await target.start_device(Memory(MIB), DeviceOptions(queues=2))
+        child = os.fork()
+        if child == 0:
+            # Ends a child that waits; SIGALRM's usual effect.
+            signal.alarm(30)
+            try:
+                for queue in device._queues:
+                    queue.ring.close()
+                for worker in target.workers:
+                    worker.close()
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = await trio.to_thread.run_sync(os.waitpid, child, 0)
+        assert status == 0
+        check_pinned(os.getpid())
+        assert await trio.to_thread.run_sync(read, device.path, MIB) == bytes(MIB)
+
+
 async def test_a_cpu_that_there_is_not() -> None:
     """It is EINVAL in one line, and those workers that were there already end."""
     before = Leftovers.look()

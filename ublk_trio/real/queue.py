@@ -254,15 +254,20 @@ class RealQueueRing:
     def close(self) -> None:
         if self._queue == self._ffi.NULL:
             return
+        if self._worker is not None and not self._worker.is_here:
+            # Forked: who would have to close it is in the other process, and goes on using it there. So does Trio, whose epoll is shared.
+            self._queue = self._ffi.NULL
+            self._buffers = ()
+            return
         if self._waiting:
             trio.lowlevel.notify_closing(self._fd)
-        self._calls.counters(self._queue, self._counters)
-        witness = self._calls.close(self._queue)
-        self._queue = self._ffi.NULL
+        queue, self._queue = self._queue, self._ffi.NULL
+        self._buffers = ()
+        self._calls.counters(queue, self._counters)
+        witness = self._calls.close(queue)
         if self._worker is not None:
             self._worker.queues -= 1
         self._release_pointers()
-        self._buffers = ()
         self._arena.discard()
         _ending.append((witness, self._arena))
         bury_ended()

@@ -1,8 +1,12 @@
-"""A worker: a thread of native/worker.c, which owns rings of queues."""
+"""A worker: a thread of native/worker.c, which owns rings of queues.
+
+Fact: fork copies only the thread that calls it. In a child there is no worker, whatever the memory says, and waiting for one never ends.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 
 from ublk_trio.errors import KernelError, errno_text
 from ublk_trio.real import native
@@ -25,6 +29,7 @@ class RealWorker:
         #: For native calls; NULL once it is closed.
         self.pointer = opened[0]
         self._thread_id = self._lib.ut_worker_thread_id(self.pointer)
+        self._pid = os.getpid()
 
     @property
     def cpu(self) -> int:
@@ -34,8 +39,16 @@ class RealWorker:
     def thread_id(self) -> int:
         return self._thread_id
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the thread is one of this process, and not of one that this was forked from."""
+        return self._pid == os.getpid()
+
     def close(self) -> None:
         if self.pointer == self._ffi.NULL:
+            return
+        if not self.is_here:
+            self.pointer = self._ffi.NULL
             return
         assert not self.queues, f"{self} still owns the rings of {self.queues} queues"
         error = self._lib.ut_worker_close(self.pointer)
