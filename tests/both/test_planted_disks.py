@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import trio
 
 from tests.both.arms import Arm
-from ublk_trio import DeviceOptions, Memory, open_target
+from ublk_trio import DataMode, DeviceOptions, Memory, open_target
 from ublk_trio.control import open_control
+from ublk_trio.queue import Queue
 from ublk_trio.uapi import DevInfo, Feature
 from ublk_trio.workload import Workload, WorkloadReport
 
@@ -43,6 +46,18 @@ async def test_wrong_data_is_found(arm: Arm, backend: type[Memory]) -> None:
     with trio.fail_after(60):
         async with open_target(arm.kernel) as target:
             device = await target.start_device(backend(8 * MIB), DeviceOptions(depth=16))
+            async with arm.open_disk(device) as disk:
+                report = WorkloadReport(disk=device.path)
+                await Workload(seed=1, seconds=50.0, operations=40, region_bytes=256 * 1024).run(disk, report)
+    assert any("wrong byte" in fault for fault in report.faults)
+
+
+async def test_data_that_was_not_copied_is_found(arm: Arm) -> None:
+    """The workload reports a fault where the data of writes is left in the kernel."""
+    options = DeviceOptions(mode=DataMode.USER_COPY, depth=16)
+    with trio.fail_after(60), mock.patch.object(Queue, "_copy_in", return_value=True):
+        async with open_target(arm.kernel) as target:
+            device = await target.start_device(Memory(8 * MIB), options)
             async with arm.open_disk(device) as disk:
                 report = WorkloadReport(disk=device.path)
                 await Workload(seed=1, seconds=50.0, operations=40, region_bytes=256 * 1024).run(disk, report)
