@@ -173,6 +173,19 @@ async def test_committed_results_are_looked_at(op: IoOp, result: int, kind: str 
         assert [violation.kind for violation in kernel.violations] == ([kind] if kind else [])
 
 
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [(1024, None), (1, "short-read"), (1023, "short-read"), (0, None), (-5, None)],
+)
+async def test_reads_that_the_server_fills_are_whole(result: int, kind: str | None) -> None:
+    """Where the server moves the data nobody delivers the rest of a short READ: it is committed whole, or as an error."""
+    kernel = SimKernel(partition_scan=False)
+    async with machine(kernel) as m, live(m, flags=Feature.USER_COPY) as device:
+        device.disk.submit(IoOp.READ, 0, 1024)
+        device.queue.commit(device.queue.event().tag, result)
+        assert [violation.kind for violation in kernel.violations] == ([kind] if kind else [])
+
+
 async def test_wrong_commits_are_named() -> None:
     """Each way to commit wrongly has its name."""
     kernel = SimKernel(partition_scan=False)

@@ -606,7 +606,7 @@ class SimQueue(HardwareQueue):
             self._violation("result-too-long", tag.tag, f"{result} committed of a request of {length} bytes")
         elif request.op == _WRITE and result < length:
             self._violation("short-write", tag.tag, f"{result} bytes committed of a WRITE of {length}")
-        elif request.op == _READ and result < length and not self.copies:
+        elif request.op == _READ and 0 < result < length and not self.copies:
             self._violation(
                 "short-read", tag.tag, f"{result} bytes committed of a READ of {length} that the server fills"
             )
