@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ublk_trio import SimKernel, UsageError
+from ublk_trio import DataMode, SimKernel, UsageError
 from ublk_trio.rpc import Dispatcher
 from ublk_trio.service.config_file import Entry, apply_config, read_config
 from ublk_trio.service.cpumask import format_cpumask
@@ -201,20 +201,33 @@ BDEVS = st.lists(
     max_size=5,
 )
 DISKS = st.lists(
-    st.tuples(st.integers(1, 4), st.integers(1, 32), st.sampled_from([None, "off", "fail"]), st.booleans()), max_size=5
+    st.tuples(
+        st.integers(1, 4),
+        st.integers(1, 32),
+        st.sampled_from([None, "off", "fail"]),
+        st.booleans(),
+        st.sampled_from([None, *DataMode]),
+    ),
+    max_size=5,
 )
 
 
+def modes_of(service: Service) -> list[DataMode]:
+    return [disk.device.options.mode for disk in service.disks if disk.device is not None]
+
+
 @settings(max_examples=50, deadline=None)
-@given(bdevs=BDEVS, disks=DISKS, masked=st.booleans())
+@given(bdevs=BDEVS, disks=DISKS, masked=st.booleans(), user_copy=st.booleans())
 def test_what_is_saved_makes_the_same_again(
-    bdevs: Any, disks: Any, masked: bool, tmp_path_factory: pytest.TempPathFactory
+    bdevs: Any, disks: Any, masked: bool, user_copy: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """The saved configuration of a service that was made from one is the same, byte for byte; workers only with a mask."""
+    """The saved configuration of a service that was made from one is the same, byte for byte; workers only with a mask. Its disks
+    move data as before."""
     import trio
 
     mask = {"cpumask": format_cpumask({min(os.sched_getaffinity(0))})} if masked else {}
     kernel = SimKernel()
+    asked = [disk for disk in disks if user_copy or disk[-1] is not DataMode.USER_COPY][: len(bdevs)]
 
     async def run() -> None:
         async with open_service(SimKernel()) as first:
@@ -223,17 +236,20 @@ def test_what_is_saved_makes_the_same_again(
                 params = {"name": f"b{number}", "block_size": block_size, "num_blocks": blocks * 8}
                 await call(f"bdev_{kind}_create", params | ({} if uuid is None else {"uuid": str(uuid)}))
             if disks:
-                await call("ublk_create_target", mask | {"disable_user_copy": masked})
-            for number, (queues, depth, recovery, read_only) in enumerate(disks[: len(bdevs)]):
+                await call("ublk_create_target", mask | {"disable_user_copy": not user_copy})
+            for number, (queues, depth, recovery, read_only, mode) in enumerate(asked):
                 params = {"bdev_name": f"b{number}", "ublk_id": 9 - number, "num_queues": queues, "queue_depth": depth}
                 more = {"read_only": read_only} | ({} if recovery is None else {"recovery": recovery})
-                await call("ublk_start_disk", params | more)
+                await call("ublk_start_disk", params | more | ({} if mode is None else {"mode": mode.value}))
             saved = json.dumps(save(first))
-        assert ('"disable_user_copy": true' in saved) == (masked and bool(disks))
+            modes = modes_of(first)
+            assert modes == [mode or DataMode.COPY for *_, mode in asked]
+        assert ('"disable_user_copy": true' in saved) == (not user_copy and bool(disks))
         path = write(tmp_path_factory.mktemp("config"), saved, "saved.json")
         async with open_service(kernel) as second:
             await apply_config(dispatcher_of(second), second, read_config(path))
             assert json.dumps(save(second)) == saved
+            assert modes_of(second) == modes
             assert len(kernel.workers) == (1 if masked and disks else 0)
 
     trio.run(run)

@@ -365,6 +365,29 @@ async def test_subsystems() -> None:
         assert disks[1]["params"] == {"bdev_name": "a", "ublk_id": 3, "num_queues": 1, "queue_depth": 128}
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+async def test_disable_user_copy(disabled: bool) -> None:
+    """A target that was created without user copy starts no disk with it; what it has is saved."""
+    async with open_bench(target=False) as bench:
+        await bench.call("ublk_create_target", disable_user_copy=disabled)
+        await bench.malloc("a", "b", "c")
+        await bench.start("a", 0)
+        await bench.start("b", 1, mode="get-data")
+        modes = [None, "get-data"]
+        if disabled:
+            with refused(errno.ENOTSUP, "created with disable_user_copy"):
+                await bench.start("c", 2, mode="user-copy")
+            assert (await bench.bdev("c"))["claimed"] is False
+        else:
+            disk = await bench.start("c", 2, mode="user-copy")
+            await disk.write(4096, b"c" * 4096)
+            assert await disk.read(4096, 4096) == b"c" * 4096
+            modes.append("user-copy")
+        target, *disks = await bench.call("framework_get_config", name="ublk")
+        assert target["params"] == {"disable_user_copy": disabled}
+        assert [disk["params"].get("mode") for disk in disks] == modes
+
+
 def forgets_to_tell_of_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
     async def planted(bdev: Bdev) -> None:
         bdev._limited.settle()

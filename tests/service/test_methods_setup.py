@@ -75,14 +75,15 @@ async def test_what_would_make_a_bdev_faster_is_passed_over(tmp_path: Path, capl
         assert await bench.names() == ["m", "n", "f"]
 
 
-async def test_buffer_statistics() -> None:
+@pytest.mark.parametrize("mode", ["get-data", "user-copy"])
+async def test_buffer_statistics(mode: str) -> None:
     """Requests that found a buffer, and those that waited for one, of disks that have pools; none, and all is 0."""
     nothing = {"cache": 0, "main": 0, "retry": 0, "cache_size": 0}
     async with open_bench() as bench:
         await bench.malloc("a", "b")
         assert await bench.call("iobuf_get_stats") == [{"module": "ublk", "small_pool": nothing, "large_pool": nothing}]
-        await bench.start("b", 1)
-        disk = await bench.start("a", 0, mode="get-data", queue_depth=64)
+        await bench.start("b", 1, mode="copy")
+        disk = await bench.start("a", 0, mode=mode, queue_depth=64)
         (before,) = await bench.call("iobuf_get_stats")
         async with trio.open_nursery() as nursery:
             for number in range(64):

@@ -7,6 +7,7 @@ What each call answers, and where the order of calls matters:
 | create | EBUSY when there is one, or one is still being destroyed |
 | destroy | ENOENT when there is none; EBUSY when it is being destroyed |
 | start, recover | ENODEV without a target, or without such a bdev; EBUSY when the id is in use; EPERM when the bdev is claimed |
+| start | ENOTSUP when the disk is to use user copy, and the target was created without |
 | stop | ENODEV without such a disk; EBUSY when it is stopping |
 
 A disk that is stopped, or whose bdev goes, or whose target is destroyed, while it is still starting, does not start: whoever
@@ -31,7 +32,7 @@ from ublk_trio.bdev import Registry
 from ublk_trio.device import Device
 from ublk_trio.errors import BackendError, KernelError, UblkError
 from ublk_trio.nursery import open_plain_nursery
-from ublk_trio.options import DeviceOptions
+from ublk_trio.options import DataMode, DeviceOptions
 from ublk_trio.ring import Kernel
 from ublk_trio.service.cpumask import parse_cpumask
 from ublk_trio.target import Target, open_target
@@ -105,7 +106,7 @@ class _Running:
     target: Target
     #: Of its mask; None if none was given.
     cpus: frozenset[int] | None
-    #: As it was given, for those who ask; the engine does not use the kernel's user copy.
+    #: Disks of mode user-copy are refused.
     disable_user_copy: bool
     destroying: bool = False
     end: trio.Event = attrs.field(factory=trio.Event)
@@ -128,7 +129,8 @@ class Disks:
 
     async def create_target(self, *, cpumask: str | None = None, disable_user_copy: bool = False) -> None:
         """Open the kernel's driver for disks. With a mask there is a worker on each of its CPUs, over which the disks' queues are
-        spread in turn, and the thread that serves runs on those CPUs, too. Without, that thread is all.
+        spread in turn, and the thread that serves runs on those CPUs, too. Without, that thread is all. With
+        ``disable_user_copy`` no disk is started in that mode; one that is recovered keeps its own.
 
         Raises `BackendError` (EBUSY), `UsageError` for a wrong mask, `KernelError` (EINVAL) for a CPU that is offline,
         `KernelUnavailableError`.
@@ -223,6 +225,10 @@ class Disks:
             raise BackendError(errno.ENODEV, "there is no target: call ublk_create_target first")
         if options.dev_id is not None and any(disk.ublk_id == options.dev_id for disk in self._disks):
             raise BackendError(errno.EBUSY, f"disk {options.dev_id} is there already: choose another id, or none")
+        if recovers is None and running.disable_user_copy and options.mode is DataMode.USER_COPY:
+            raise BackendError(
+                errno.ENOTSUP, "the target was created with disable_user_copy: choose mode copy or get-data"
+            )
         descriptor = self._registry.descriptor(bdev_name, claim=CLAIM)
         disk = Disk(bdev_name=bdev_name, ublk_id=options.dev_id)
         descriptor.on_removed = disk.end
