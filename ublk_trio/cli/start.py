@@ -61,8 +61,7 @@ async def start(
     max_io
         The largest request.
     mode
-        How data moves: "copy" posts a buffer per request ahead, "get-data" takes buffers from a bounded pool, and so does "user-copy",
-        where the server copies itself.
+        How data moves: "copy" posts a buffer per request ahead; the others have a bounded pool, "user-copy" copies itself.
     serve
         "inline" calls the backend in the loop that reaps requests, "async" lets requests wait for each other's I/O.
         Default: what suits the backend.
