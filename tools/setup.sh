@@ -101,6 +101,15 @@ missing_for_tests() {
 
 missing_browser() { [ -n "$(type -P chromium)" ] || printf 'chromium\tchromium is not installed\n'; }
 
+missing_ceph() {
+    local program
+    for program in ceph-mon ceph-osd; do
+        [ -n "$(type -P $program)" ] || printf '%s\t%s is not installed\n' $program $program
+    done
+    # Has the programs ceph and rbd.
+    [ -n "$(type -P rbd)" ] || printf 'ceph-common\tceph-common is not installed\n'
+}
+
 packages_of() { cut -f1 <<< "$1" | tr ' ' '\n' | sort -u | tr '\n' ' '; }
 
 # need WHOM COMMAND...: installs what COMMAND finds missing. Fails, after a line for each, when something stays missing.
@@ -210,4 +219,5 @@ if [ "${1:-}" = tests ]; then
     # Not final: tools/test.sh says what it cannot run.
     need 'only the kernel tests need it' missing_for_tests || true
     need 'only a test of the timeline needs it' missing_browser || true
+    need 'only the tests of Ceph images need it' missing_ceph || true
 fi

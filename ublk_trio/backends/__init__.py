@@ -16,6 +16,7 @@ from ublk_trio.backends.base import (
     fill_zeroes,
     is_async,
 )
+from ublk_trio.backends.ceph import CephCluster
 from ublk_trio.backends.concat import Concat
 from ublk_trio.backends.delay import Delay, LatencyKind
 from ublk_trio.backends.error_injection import ErrorInjection, ErrorType, IoType
@@ -26,6 +27,7 @@ from ublk_trio.backends.null import Null
 from ublk_trio.backends.passthru import Passthru
 from ublk_trio.backends.raid0 import Raid0
 from ublk_trio.backends.raid1 import MemberState, MemberStatus, Raid1, Raid1Status
+from ublk_trio.backends.rbd import Rbd
 from ublk_trio.backends.sizes import format_size, parse_size
 from ublk_trio.backends.spec import KINDS, Kind, Option, parse_backend, register
 from ublk_trio.backends.stacked import Base, Stacked
@@ -38,6 +40,7 @@ __all__ = [
     "CanFlush",
     "CanWrite",
     "CanWriteZeroes",
+    "CephCluster",
     "Concat",
     "Delay",
     "Done",
@@ -58,6 +61,7 @@ __all__ = [
     "Raid0",
     "Raid1",
     "Raid1Status",
+    "Rbd",
     "Result",
     "Stacked",
     "ThreadedFile",

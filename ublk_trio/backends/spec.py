@@ -14,9 +14,11 @@ from typing import Any, Final
 import attrs
 
 from ublk_trio.backends.base import Backend
+from ublk_trio.backends.ceph import CephCluster
 from ublk_trio.backends.file import File
 from ublk_trio.backends.memory import Memory
 from ublk_trio.backends.null import Null
+from ublk_trio.backends.rbd import Rbd
 from ublk_trio.backends.sizes import format_size, parse_size
 from ublk_trio.errors import UsageError
 
@@ -116,6 +118,22 @@ def _parse_switch(text: str) -> bool:
     return text == "on"
 
 
+def _parse_image(text: str) -> tuple[str, str, str]:
+    """Pool, namespace and image, written as Ceph's rbd takes them."""
+    parts = text.split("/")
+    if len(parts) not in (2, 3) or not all(parts):
+        raise UsageError(f"{text!r} names no image: write POOL/IMAGE or POOL/NAMESPACE/IMAGE")
+    return parts[0], parts[1] if len(parts) == 3 else "", parts[-1]
+
+
+def _make_rbd(
+    place: tuple[str, str, str], *, config_file: str | None = None, user: str | None = None, **options: Any
+) -> Rbd:
+    pool, namespace, image = place
+    cluster = CephCluster(user=user, config_file=config_file)
+    return Rbd(pool, image, namespace=namespace, cluster=cluster, **options)
+
+
 _BLOCK_SIZE: Final = Option(parse=parse_size, help="logical block: 512, 1K, 2K or 4K")
 
 register(
@@ -148,6 +166,21 @@ register(
             "direct": Option(parse=_parse_switch, help="on bypasses the page cache (O_DIRECT)"),
             "read_only": Option(parse=_parse_switch, help="on refuses writes, and shares the file with other readers"),
             "block_size": Option(parse=parse_size, help="logical block; left out, the smallest that the file allows"),
+        },
+    )
+)
+register(
+    Kind(
+        name="rbd",
+        argument="POOL/[NAMESPACE/]IMAGE",
+        help="an image of a Ceph cluster, by Ceph's librbd (Debian's librbd1)",
+        make=_make_rbd,
+        parse_argument=_parse_image,
+        options={
+            "user": Option(parse=str, help="who to be, without client.; left out, admin"),
+            "config_file": Option(parse=str, help="Ceph's configuration; left out, where Ceph's programs look for it"),
+            "read_only": Option(parse=_parse_switch, help="on opens it for reading"),
+            "block_size": _BLOCK_SIZE,
         },
     )
 )

@@ -1,0 +1,418 @@
+"""`Rbd`: a disk in a Ceph cluster, an image of its RBD (RADOS block device), by Ceph's own librbd.
+
+Some facts, and what they mean:
+
+- *Requests* are librbd's asynchronous ones. It writes to an eventfd when some are over, which a task of this process waits for: no thread
+  of Ceph's ever calls into Python for a request.
+- *Buffers.* A request can't be called back, and its buffer is librbd's until it is over. So each has a buffer of its own, and is copied:
+  a task that is cancelled goes at once, and its request ends by itself. What is read after that is dropped; what is written may still arrive,
+  but never after `aclose` returned.
+- *Bounds* are the cluster's: `ublk_trio.backends.ceph.REQUEST_SECONDS`, if configuration says nothing else. A request that the cluster
+  does not answer in time fails with ETIMEDOUT; until then it waits, and goes on when the cluster is back.
+- *Cache.* librbd has a write-back cache in this process, and the cluster is durable when it has answered: `flush` empties that cache;
+  ``fua`` is a write with a flush after it.
+- *Discard* frees only whole pieces, 64 KiB if configuration says nothing else: `discard_granularity`. The rest of a range stays as it was.
+- *Zeroes.* With ``unmap`` objects are removed or cut; without, zeroes are written.
+- *Size.* Whoever resizes the image, in this process or elsewhere: librbd tells, and `next_size` returns. A request beyond the
+  size fails with EIO.
+- *Locks.* Images with the feature exclusive-lock have one writer at a time, but the lock changes hands whenever another one writes: nothing
+  here keeps two machines from mounting one image.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import select
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+import attrs
+import trio
+
+from ublk_trio.backends import _librbd
+from ublk_trio.backends.base import Backend, set_size
+from ublk_trio.backends.ceph import CephCluster, make_in_thread, shutdown
+from ublk_trio.errors import BackendError, UsageError, errno_text
+
+logger = logging.getLogger("ublk_trio.backends")
+
+#: Seconds that closing may take; after that it goes on in a thread that nobody waits for.
+CLOSE_SECONDS: Final = 90.0
+#: Requests that one call hands over.
+_BATCH: Final = 64
+_FALLBACK_GRANULARITY: Final = 64 << 10
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class _Open:
+    """An open image, as the library knows it, and what must live as long as it does."""
+
+    ioctx: Any
+    image: Any
+    #: Readable when requests are over.
+    eventfd: int
+    #: How the library's thread tells of a change: the C function, and its registration.
+    callback: Any
+    watch: int | None
+    size: int
+
+
+@attrs.define(eq=False)
+class _Request:
+    #: The library's until `done`.
+    buffer: Any
+    done: trio.Event = attrs.field(factory=trio.Event)
+    #: Bytes, 0, or a negative errno.
+    result: int = 0
+
+
+class Rbd(Backend):
+    """An image of a Ceph cluster.
+
+    Args:
+        pool: its pool.
+        image: its name.
+        namespace: of the pool; empty is the pool's own.
+        cluster: a connection. One that is open is shared, and must stay open; one that is not is opened and closed with the image. None
+            is what ``ceph.conf`` says, as user admin.
+        read_only: open it for reading.
+        block_size: logical block, bytes.
+
+    `open` raises `BackendError`, one line with the mend: no such pool, image or namespace, a cluster that does not answer, a
+    library that is missing, …
+    """
+
+    def __init__(
+        self,
+        pool: str,
+        image: str,
+        *,
+        namespace: str = "",
+        cluster: CephCluster | None = None,
+        read_only: bool = False,
+        block_size: int = 512,
+    ) -> None:
+        self.pool, self.image, self.namespace = pool, image, namespace
+        self.cluster = CephCluster() if cluster is None else cluster
+        self.read_only = read_only
+        if block_size not in (512, 1024, 2048, 4096):
+            raise UsageError(f"backend {self}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096")
+        self.block_size = block_size
+        self._open: _Open | None = None
+        self._requests: dict[int, _Request] = {}
+        self._changed = trio.Event()
+        self._reaping = trio.CancelScope()
+        self._reaped = trio.Event()
+
+    # Life
+
+    async def open(self) -> None:
+        """Connects if the cluster is not open, and opens the image, in a thread. Cancelled, it returns at once, and the thread closes
+        what it opened.
+        """
+        if self._open is not None:
+            raise UsageError(f"backend {self}: open already: use one backend object per device")
+        handle = await self.cluster.attach()
+        tell = self._teller(trio.lowlevel.current_trio_token())
+        # From here on the thread takes the image out of the cluster again, which must not go before it.
+        opened = await make_in_thread(lambda: self._open_image(handle, tell), self._close)
+        try:
+            self._measure(opened.size)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(self._close, opened, limiter=trio.CapacityLimiter(1))
+            raise
+        self._open = opened
+        self._changed = trio.Event()
+        self._reaping, self._reaped = trio.CancelScope(), trio.Event()
+        trio.lowlevel.spawn_system_task(self._reap, opened, name=f"requests of {self}")
+
+    async def aclose(self) -> None:
+        """Waits for requests that are under way, writes back what the cache holds, and closes the image, in a thread.
+
+        Raises `BackendError` (ETIMEDOUT) after `CLOSE_SECONDS`: then the thread goes on alone.
+        """
+        opened, self._open = self._open, None
+        if opened is None:
+            return
+        # Whoever waits for a change is woken up, and finds it closed.
+        self._changed.set()
+        self._reaping.cancel()
+        with trio.move_on_after(CLOSE_SECONDS, shield=True) as limit:
+            await self._reaped.wait()
+            await trio.to_thread.run_sync(self._close, opened, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
+        if limit.cancelled_caught:
+            raise self._error(errno.ETIMEDOUT, f"not closed after {CLOSE_SECONDS:g} s: the cluster does not answer")
+
+    async def rescan(self) -> int:
+        """Asks the image for its size anew, in a thread, and returns it: bytes.
+
+        Raises `UsageError` when it is not open or no disk has that size, and `OSError` when it can't be asked; the size stays what it was.
+        """
+        opened = self._opened()
+        set_size(self, await trio.to_thread.run_sync(self._ask_size, opened.image, limiter=trio.CapacityLimiter(1)))
+        return self.size
+
+    async def resize(self, size: int) -> None:
+        """Makes the image larger, bytes, in a thread.
+
+        Raises `UsageError` when no disk has that size, or the image is larger: making it smaller destroys what is there. `OSError` when
+        the cluster refuses. Cancelled: it waits for the thread.
+        """
+        opened = self._opened()
+        if size < self.size:
+            mend = f"rbd resize --allow-shrink {self._spec()} does it"
+            raise UsageError(
+                f"backend {self}: {size} bytes are less than its {self.size}, which would lose data: {mend}"
+            )
+        rbd = _librbd.load().rbd
+        result = await trio.to_thread.run_sync(rbd.rbd_resize, opened.image, size, limiter=trio.CapacityLimiter(1))
+        if result < 0:
+            raise self._error(-result, "it can't be resized: check the cluster's health and the pool's quota")
+        set_size(self, size)
+
+    async def next_size(self) -> int:
+        """Returns when the image was resized, by `resize` or elsewhere: `size` is the new one then, bytes.
+
+        Raises `trio.ClosedResourceError` when it is closed. A size that no disk has is logged, and passed over.
+        """
+        before = self.size
+        while self.size == before:
+            await self._changed.wait()
+            if self._open is None:
+                raise trio.ClosedResourceError(f"backend {self} is closed")
+            self._changed = trio.Event()
+            try:
+                await self.rescan()
+            except (OSError, UsageError) as error:
+                logger.warning("backend %s: its new size can't be had: %s", self, error)
+        return self.size
+
+    # Requests
+
+    async def read(self, offset: int, buffer: memoryview) -> None:
+        """Reads all of it. What was never written is zeroes."""
+        opened, length = self._within(offset, len(buffer)), len(buffer)
+        library = _librbd.load()
+        # Not zeroed first: librbd fills all that it reports.
+        content = library.ffi.new_allocator(should_clear_after_alloc=False)("char[]", length)
+        done = await self._finish(
+            "read", content, lambda c: library.rbd.rbd_aio_read(opened.image, offset, length, content, c)
+        )
+        if done != length:
+            raise OSError(errno.EIO, f"{self}: the image has become shorter than the disk")
+        buffer[:] = library.ffi.buffer(content, length)
+
+    async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
+        """Writes all of it; with `fua`, flushes then."""
+        opened, length = self._within(offset, len(data)), len(data)
+        library = _librbd.load()
+        content = library.ffi.from_buffer(bytes(data))
+        await self._finish(
+            "write", content, lambda c: library.rbd.rbd_aio_write(opened.image, offset, length, content, c)
+        )
+        if fua:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Every finished write is in the cluster."""
+        opened = self._within(0, 0)
+        await self._finish("flush", None, lambda c: _librbd.load().rbd.rbd_aio_flush(opened.image, c))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Frees the whole pieces of the range, which then read as zeroes."""
+        opened = self._within(offset, length)
+        rbd = _librbd.load().rbd
+        await self._finish("discard", None, lambda c: rbd.rbd_aio_discard(opened.image, offset, length, c))
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Zeroes the range; without `unmap` by writing."""
+        opened = self._within(offset, length)
+        rbd = _librbd.load().rbd
+        flags = 0 if unmap else _librbd.WRITE_ZEROES_THICK
+        await self._finish(
+            "write_zeroes", None, lambda c: rbd.rbd_aio_write_zeroes(opened.image, offset, length, c, flags, 0)
+        )
+
+    async def _finish(self, operation: str, buffer: Any, submit: Callable[[Any], int]) -> int:
+        """Submits a request and waits for its result. Cancelled: the request goes on without us, and `_requests` holds its buffer."""
+        library = _librbd.load()
+        made = library.ffi.new("rbd_completion_t *")
+        self._check(library.rbd.rbd_aio_create_completion(library.ffi.NULL, library.ffi.NULL, made), operation)
+        completion = made[0]
+        key = _address(completion)
+        # Before it is submitted; it is reaped in this thread, so not before we wait.
+        self._requests[key] = request = _Request(buffer)
+        refused = submit(completion)
+        if refused < 0:
+            del self._requests[key]
+            library.rbd.rbd_aio_release(completion)
+            self._check(refused, operation)
+        await request.done.wait()
+        self._check(request.result, operation)
+        return request.result
+
+    async def _reap(self, opened: _Open) -> None:
+        """Wakes up those whose requests are over; a task of the whole run, from `open` to `aclose`."""
+        with self._reaping:
+            while True:
+                await trio.lowlevel.wait_readable(opened.eventfd)
+                for request in self._take_over(opened):
+                    request.done.set()
+        self._reaped.set()
+
+    def _take_over(self, opened: _Open) -> list[_Request]:
+        """The requests that are over; the library is done with their buffers."""
+        library = _librbd.load()
+        completions = library.ffi.new("rbd_completion_t[]", _BATCH)
+        over = []
+        # The counter first: what ends later makes it readable again.
+        with suppress(BlockingIOError):
+            os.eventfd_read(opened.eventfd)
+        while (count := library.rbd.rbd_poll_io_events(opened.image, completions, _BATCH)) > 0:
+            for completion in completions[0:count]:
+                request = self._requests.pop(_address(completion))
+                request.result = library.rbd.rbd_aio_get_return_value(completion)
+                request.buffer = None
+                library.rbd.rbd_aio_release(completion)
+                over.append(request)
+        return over
+
+    def _within(self, offset: int, length: int) -> _Open:
+        # librbd cuts off what lies beyond the end, and calls it done.
+        if offset + length > self.size:
+            raise OSError(errno.EIO, f"{self}: the image has become shorter than the disk")
+        return self._opened()
+
+    def _opened(self) -> _Open:
+        if self._open is None:
+            raise UsageError(f"backend {self}: not open")
+        return self._open
+
+    def _check(self, result: int, operation: str) -> None:
+        if result < 0:
+            raise OSError(-result, f"{self}: {operation}: {errno_text(-result)}")
+
+    # In a thread
+
+    def _open_image(self, handle: Any, tell: Callable[[], None]) -> _Open:
+        library = _librbd.load()
+        ffi, rados, rbd = library.ffi, library.rados, library.rbd
+        ioctx, eventfd = ffi.NULL, -1
+        try:
+            made = ffi.new("rados_ioctx_t *")
+            self._refuse(rados.rados_ioctx_create(handle, os.fsencode(self.pool), made), f"pool {self.pool!r}")
+            ioctx = made[0]
+            rados.rados_ioctx_set_namespace(ioctx, os.fsencode(self.namespace))
+            made = ffi.new("rbd_image_t *")
+            opening = rbd.rbd_open_read_only if self.read_only else rbd.rbd_open
+            self._refuse(opening(ioctx, os.fsencode(self.image), made, ffi.NULL), "the image")
+            image = made[0]
+            try:
+                eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+                result = rbd.rbd_set_image_notification(image, eventfd, _librbd.EVENT_TYPE_EVENTFD)
+                self._refuse(result, "the image's events")
+                size = self._ask_size(image)
+                callback = ffi.callback("void(void *)", lambda _: tell())
+                watched = ffi.new("uint64_t *")
+                # An image that can't be watched is served all the same: its size is what it was, or what `rescan` finds.
+                result = rbd.rbd_update_watch(image, watched, callback, ffi.NULL)
+                watch = int(watched[0]) if result == 0 else None
+            except BaseException:
+                rbd.rbd_close(image)
+                raise
+        except BaseException:
+            if eventfd >= 0:
+                os.close(eventfd)
+            if ioctx != ffi.NULL:
+                rados.rados_ioctx_destroy(ioctx)
+            self._leave()
+            raise
+        return _Open(ioctx=ioctx, image=image, eventfd=eventfd, callback=callback, watch=watch, size=size)
+
+    def _close(self, opened: _Open) -> None:
+        # What nobody waits for any more is still the library's, with its buffer.
+        ready = select.poll()
+        ready.register(opened.eventfd, select.POLLIN)
+        while self._requests:
+            ready.poll()
+            self._take_over(opened)
+        try:
+            self._close_image(opened)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        last = self.cluster.detach()
+        if last is not None:
+            shutdown(last)
+
+    def _close_image(self, opened: _Open) -> None:
+        library = _librbd.load()
+        if opened.watch is not None:
+            # Waits for a call that is under way.
+            library.rbd.rbd_update_unwatch(opened.image, opened.watch)
+        result = library.rbd.rbd_close(opened.image)
+        library.rados.rados_ioctx_destroy(opened.ioctx)
+        os.close(opened.eventfd)
+        self._refuse(result, "what was not flushed may be lost")
+
+    def _ask_size(self, image: Any) -> int:
+        library = _librbd.load()
+        size = library.ffi.new("uint64_t *")
+        self._check(library.rbd.rbd_get_size(image, size), "size")
+        return int(size[0])
+
+    def _teller(self, token: trio.lowlevel.TrioToken) -> Callable[[], None]:
+        """What a thread of the library calls when the image has changed in any way."""
+
+        def tell() -> None:
+            try:
+                # Looked up there: it is another one after each change.
+                token.run_sync_soon(lambda: self._changed.set(), idempotent=False)
+            except trio.RunFinishedError:
+                return
+
+        return tell
+
+    # What is told
+
+    def _measure(self, size: int) -> None:
+        if size == 0 or size % self.block_size:
+            mend = f"make it so with rbd resize --size 1G {self._spec()}" if size == 0 else "use a smaller block_size"
+            raise self._error(errno.EINVAL, f"size {size} is not a multiple of block_size {self.block_size}: {mend}")
+        self.size = size
+        granularity = int(self.cluster.option("rbd_discard_granularity_bytes") or _FALLBACK_GRANULARITY)
+        whole = granularity and granularity % self.block_size == 0
+        self.discard_granularity = granularity if whole else self.block_size
+
+    def _refuse(self, result: int, what: str) -> None:
+        if result < 0:
+            raise self._error(-result, f"{what}: {self._mend(-result)}")
+
+    def _mend(self, number: int) -> str:
+        if number == errno.ENOENT:
+            return "there is none of that name: check it, or make one with ceph osd pool create or rbd create"
+        if number == errno.ETIMEDOUT:
+            return "the cluster did not answer in time: check its health with ceph -s"
+        if number in (errno.EACCES, errno.EPERM):
+            return f"user {self.cluster.user or 'admin'} is not permitted: check the user's capabilities with ceph auth get"
+        if number == errno.EROFS:
+            return "it can't be written: open it with read_only=on"
+        return "check the cluster's health with ceph -s, and the image with rbd info"
+
+    def _error(self, number: int, text: str) -> BackendError:
+        return BackendError(number, f"{self}: {errno_text(number)}: {text}")
+
+    def _spec(self) -> str:
+        return "/".join(part for part in (self.pool, self.namespace, self.image) if part)
+
+    def __str__(self) -> str:
+        return f"rbd:{self._spec()}" + (",read_only=on" if self.read_only else "")
+
+
+def _address(completion: Any) -> int:
+    return int(_librbd.load().ffi.cast("uintptr_t", completion))
