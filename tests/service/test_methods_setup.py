@@ -45,7 +45,7 @@ async def test_what_only_tunes_is_passed_over(caplog: pytest.LogCaptureFixture) 
             assert await bench.call(method, period_us=100000, enable=False, anything=["at", "all"]) is True
             (record,) = caplog.records
             assert record.getMessage() == f"{method} is passed over: there is no {TUNING[method]} here"
-        for method in ("bdev_nvme_attach_controller", "bdev_rbd_create", "nvmf_create_subsystem"):
+        for method in ("bdev_nvme_attach_controller", "bdev_iscsi_create", "nvmf_create_subsystem"):
             with refused(METHOD_NOT_FOUND, method):
                 await bench.call(method)
         assert save(bench.service) == before

@@ -107,7 +107,7 @@ async def test_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ]
 
 
-@pytest.mark.parametrize("method", ["bdev_nvme_attach_controller", "bdev_rbd_create"])
+@pytest.mark.parametrize("method", ["bdev_nvme_attach_controller", "bdev_iscsi_create"])
 async def test_what_cannot_be_had(method: str, tmp_path: Path) -> None:
     """A bdev of another kind is refused by name, with its place, and nothing is left; with keep_going all else is made."""
 

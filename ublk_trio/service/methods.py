@@ -9,6 +9,7 @@ from ublk_trio.service.methods_bdev import BDEV_METHODS
 from ublk_trio.service.methods_config import CONFIG_METHODS
 from ublk_trio.service.methods_plain import PLAIN_METHODS
 from ublk_trio.service.methods_raid import RAID_METHODS
+from ublk_trio.service.methods_rbd import RBD_METHODS
 from ublk_trio.service.methods_setup import SETUP_METHODS
 from ublk_trio.service.methods_stacked import STACKED_METHODS
 from ublk_trio.service.methods_ublk import UBLK_METHODS
@@ -19,6 +20,7 @@ METHODS: Final[tuple[Method[Service, Any], ...]] = (
     *PLAIN_METHODS,
     *STACKED_METHODS,
     *RAID_METHODS,
+    *RBD_METHODS,
     *UBLK_METHODS,
     *CONFIG_METHODS,
     *SETUP_METHODS,

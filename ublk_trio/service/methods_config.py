@@ -27,13 +27,17 @@ class GetConfig(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def _bdev_calls(service: Service) -> list[Call]:
+    # Before the bdevs that share them.
+    clusters = [
+        Call(method="bdev_rbd_register_cluster", params=service.clusters.get(name).params) for name in service.clusters
+    ]
     limited = [(bdev.name, attrs.asdict(bdev.limits)) for bdev in service.registry]
     limits = [
         Call(method="bdev_set_qos_limit", params={"name": name, **limits})
         for name, limits in limited
         if any(limits.values())
     ]
-    return service.calls() + limits
+    return clusters + service.calls() + limits
 
 
 def _ublk_calls(service: Service) -> list[Call]:

@@ -26,6 +26,7 @@ from ublk_trio.bdev import Bdev, Descriptor, Registry, open_registry
 from ublk_trio.errors import BackendError, UsageError
 from ublk_trio.nursery import open_plain_nursery
 from ublk_trio.ring import Kernel
+from ublk_trio.service.clusters import Clusters, open_clusters
 from ublk_trio.service.disks import Attend, Disks, leave_alone, open_disks
 from ublk_trio.service.expected import Expected
 
@@ -60,11 +61,20 @@ class Service:
     """Made by `open_service`, never directly."""
 
     def __init__(
-        self, kernel: Kernel, registry: Registry, disks: Disks, tasks: trio.Nursery, *, unprivileged: bool
+        self,
+        kernel: Kernel,
+        clusters: Clusters,
+        registry: Registry,
+        disks: Disks,
+        tasks: trio.Nursery,
+        *,
+        unprivileged: bool,
     ) -> None:
         self.kernel = kernel
         #: Whether disks are an ordinary user's if nothing else is said.
         self.unprivileged = unprivileged
+        #: Connections to Ceph, which bdevs share.
+        self.clusters = clusters
         self.registry = registry
         self.disks = disks
         #: For what goes on after the call that asked for it. Tasks end with the bdevs that they work for, and raise nothing.
@@ -242,10 +252,11 @@ def call_of(method: str, params: msgspec.Struct) -> Call:
 async def open_service(
     kernel: Kernel, *, attend: Attend = leave_alone, unprivileged: bool = False
 ) -> AsyncIterator[Service]:
-    """A service on a kernel. At the end of the block its disks stop, then its bdevs close."""
+    """A service on a kernel. At the end of the block its disks stop, then its bdevs close, then its clusters."""
     async with (
         open_plain_nursery() as tasks,
+        open_clusters() as clusters,
         open_registry() as registry,
         open_disks(kernel, registry, attend=attend) as disks,
     ):
-        yield Service(kernel, registry, disks, tasks, unprivileged=unprivileged)
+        yield Service(kernel, clusters, registry, disks, tasks, unprivileged=unprivileged)
