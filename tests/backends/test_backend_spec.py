@@ -92,10 +92,10 @@ def test_options_reach_the_backend() -> None:
 @pytest.mark.parametrize(
     ("spec", "line"),
     [
-        ("memry:1G", "unknown backend 'memry': known are file, memory, null; did you mean memory?"),
-        ("Memory:1G", "unknown backend 'Memory': known are file, memory, null; did you mean memory?"),
-        ("/dev/sda", "unknown backend '/dev/sda': known are file, memory, null"),
-        ("", "unknown backend '': known are file, memory, null"),
+        ("memry:1G", "unknown backend 'memry': known are file, memory, null, rbd; did you mean memory?"),
+        ("Memory:1G", "unknown backend 'Memory': known are file, memory, null, rbd; did you mean memory?"),
+        ("/dev/sda", "unknown backend '/dev/sda': known are file, memory, null, rbd"),
+        ("", "unknown backend '': known are file, memory, null, rbd"),
         ("memory", "backend 'memory': SIZE is missing: write memory:SIZE[,block_size=…]"),
         ("null:", "backend 'null:': SIZE is missing: write null:SIZE[,block_size=…]"),
         (
@@ -152,7 +152,7 @@ def test_kinds_can_be_added_once() -> None:
     """A registered kind is parsed and listed; its name can't be taken twice, and must fit in front of a colon."""
     register(Kind(name="zero", argument="SIZE", help="a test", make=Null, parse_argument=parse_size))
     assert parse_backend("zero:1M").size == 1 << 20
-    with pytest.raises(UsageError, match="known are file, memory, null, zero"):
+    with pytest.raises(UsageError, match="known are file, memory, null, rbd, zero"):
         parse_backend("nope:1")
     with pytest.raises(UsageError, match="'zero' is registered already"):
         register(Kind(name="zero", argument="SIZE", help="a test", make=Null))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from ublk_trio.backends import Rbd
 from ublk_trio.bdev import Bdev
 from ublk_trio.service import methods_config, methods_rbd
 from ublk_trio.service.config_file import apply_config, read_config
+from ublk_trio.service.cpumask import format_cpumask
 from ublk_trio.service.methods_config import save
 from ublk_trio.service.service import Service
 
 #: Seconds: what takes longer hangs.
 HANGS = 60.0
+#: Of a CPU that this machine has.
+MASK = format_cpumask({min(os.sched_getaffinity(0))})
 DATA = bytes(range(256)) * 16
 
 
@@ -126,7 +130,7 @@ async def test_refusals(ceph: Ceph) -> None:
         with refused(INVALID, "not a cpumask"):
             await register(bench, ceph, core_mask="many")
         assert await bench.call("bdev_rbd_get_clusters_info") == []
-        await register(bench, ceph, core_mask="1")
+        await register(bench, ceph, core_mask=MASK)
         with refused(errno.ENOENT, "pool 'none': there is none of that name"):
             await create(bench, image, pool_name="none")
         with refused(errno.ENOENT, "the image: there is none of that name"):
@@ -217,7 +221,7 @@ async def run_saved(ceph: Ceph, directory: Path) -> None:
     """A configuration that is saved, started, and saved again."""
     first, second = ceph.image(), ceph.image()
     async with open_bench() as bench:
-        await register(bench, ceph, config_param={"rbd_cache": "false"}, core_mask="0x1")
+        await register(bench, ceph, config_param={"rbd_cache": "false"}, core_mask=MASK)
         await create(bench, first)
         await create(bench, second, "s", read_only=True, block_size=4096)
         options = {"mon_host": ceph.mon_host, "auth_client_required": "none"}

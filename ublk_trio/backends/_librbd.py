@@ -67,6 +67,8 @@ class Library:
     ffi: Any
     rados: Any
     rbd: Any
+    #: Memory from C, not zeroed first.
+    allocate: Any
 
 
 @functools.cache
@@ -76,7 +78,8 @@ def load() -> Library:
 
     ffi = cffi.FFI()
     ffi.cdef(_RADOS + _RBD)
-    return Library(ffi=ffi, rados=_dlopen(ffi, LIBRADOS), rbd=_dlopen(ffi, LIBRBD))
+    allocate = ffi.new_allocator(should_clear_after_alloc=False)
+    return Library(ffi=ffi, rados=_dlopen(ffi, LIBRADOS), rbd=_dlopen(ffi, LIBRBD), allocate=allocate)
 
 
 def _dlopen(ffi: Any, name: str) -> Any:

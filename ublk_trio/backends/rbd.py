@@ -103,6 +103,8 @@ class Rbd(Backend):
         self.block_size = block_size
         self._open: _Open | None = None
         self._requests: dict[int, _Request] = {}
+        #: How often the library told of a change, and of how many of these `next_size` has asked for the size.
+        self._changes = self._looked_at = 0
         self._changed = trio.Event()
         self._reaping = trio.CancelScope()
         self._reaped = trio.Event()
@@ -126,7 +128,6 @@ class Rbd(Backend):
                 await trio.to_thread.run_sync(self._close, opened, limiter=trio.CapacityLimiter(1))
             raise
         self._open = opened
-        self._changed = trio.Event()
         self._reaping, self._reaped = trio.CancelScope(), trio.Event()
         trio.lowlevel.spawn_system_task(self._reap, opened, name=f"requests of {self}")
 
@@ -139,7 +140,7 @@ class Rbd(Backend):
         if opened is None:
             return
         # Whoever waits for a change is woken up, and finds it closed.
-        self._changed.set()
+        self._note_change()
         self._reaping.cancel()
         with trio.move_on_after(CLOSE_SECONDS, shield=True) as limit:
             await self._reaped.wait()
@@ -181,15 +182,23 @@ class Rbd(Backend):
         """
         before = self.size
         while self.size == before:
-            await self._changed.wait()
             if self._open is None:
                 raise trio.ClosedResourceError(f"backend {self} is closed")
-            self._changed = trio.Event()
+            changes = self._changes
+            if self._looked_at == changes:
+                await self._changed.wait()
+                continue
             try:
                 await self.rescan()
             except (OSError, UsageError) as error:
                 logger.warning("backend %s: its new size can't be had: %s", self, error)
+            self._looked_at = changes
         return self.size
+
+    def _note_change(self) -> None:
+        self._changes += 1
+        self._changed.set()
+        self._changed = trio.Event()
 
     # Requests
 
@@ -197,8 +206,8 @@ class Rbd(Backend):
         """Reads all of it. What was never written is zeroes."""
         opened, length = self._within(offset, len(buffer)), len(buffer)
         library = _librbd.load()
-        # Not zeroed first: librbd fills all that it reports.
-        content = library.ffi.new_allocator(should_clear_after_alloc=False)("char[]", length)
+        # librbd fills all that it reports.
+        content = library.allocate("char[]", length)
         done = await self._finish(
             "read", content, lambda c: library.rbd.rbd_aio_read(opened.image, offset, length, content, c)
         )
@@ -371,8 +380,7 @@ class Rbd(Backend):
 
         def tell() -> None:
             try:
-                # Looked up there: it is another one after each change.
-                token.run_sync_soon(lambda: self._changed.set(), idempotent=False)
+                token.run_sync_soon(self._note_change)
             except trio.RunFinishedError:
                 return
 

@@ -12,6 +12,7 @@ from msgspec import Meta
 
 from ublk_trio.backends import CephCluster, Rbd
 from ublk_trio.bdev import Bdev
+from ublk_trio.errors import UsageError
 from ublk_trio.rpc import Method
 from ublk_trio.service.cpumask import parse_cpumask
 from ublk_trio.service.methods_plain import Positive, Resize, delete_method
@@ -147,7 +148,7 @@ async def _follow(bdev: Bdev, backend: Rbd) -> None:
             return
         try:
             await bdev.resized()
-        except OSError as error:
+        except (OSError, UsageError) as error:
             logger.warning("bdev %s has another size, and a disk could not follow: %s", bdev.name, error)
 
 
