@@ -90,9 +90,10 @@ def in_use() -> tuple[int, set[str]]:
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Ceph's threads end a moment after the call that ends them."""
-    before = in_use()
+    wait_until(lambda: not in_use()[1])
+    files, _ = in_use()
     yield
-    wait_until(lambda: in_use() == before)
+    wait_until(lambda: in_use() == (files, set()))
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -525,31 +526,28 @@ async def test_requests_wait(ceph: Ceph) -> None:
 
 async def run_cancelled(ceph: Ceph) -> None:
     """Requests that are cancelled while the cluster stands still, and what becomes of them when it goes on."""
-    backend = Rbd(POOL, ceph.image(), cluster=connection(ceph))
-    await backend.open()
-    await write(backend, 0, b"x" * 4096, fua=True)
-    buffer = bytearray(b"?" * 4096)
-    # librbd has no copy of it, so it has to be asked for.
-    data = bytearray(b"y" * 4096)
-    with ceph.paused():
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(backend.read, 0, memoryview(buffer))
+    async with opened(ceph, ceph.image()) as backend:
+        await write(backend, 0, b"x" * 4096, fua=True)
+        buffer = bytearray(b"?" * 4096)
+        data = bytearray(b"y" * 4096)
+        with ceph.paused():
+            async with trio.open_nursery() as nursery:
 
-            async def written() -> None:
-                await backend.write(8192, memoryview(data), fua=True)
+                async def written() -> None:
+                    await backend.write(8192, memoryview(data), fua=True)
 
-            nursery.start_soon(written)
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.cancel_scope.cancel()
-        # As the engine does: the next request has the buffers.
-        data[:] = b"n" * 4096
-        assert backend._requests, "they are with the library still"
-    with trio.fail_after(HANGS):
-        while backend._requests:
-            await trio.sleep(0.02)
-    assert buffer == b"?" * 4096, "nobody else's by now"
-    assert await read(backend, 8192, 4096) == b"y" * 4096
-    await backend.aclose()
+                nursery.start_soon(backend.read, 0, memoryview(buffer))
+                nursery.start_soon(written)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.cancel_scope.cancel()
+            # As in the engine: the next request has the buffers.
+            data[:] = b"n" * 4096
+            assert backend._requests, "they are with the library still"
+        with trio.fail_after(HANGS):
+            while backend._requests:
+                await trio.sleep(0.02)
+        assert buffer == b"?" * 4096, "nobody else's by now"
+        assert await read(backend, 8192, 4096) == b"y" * 4096
 
 
 async def test_cancelled_requests_go_at_once(ceph: Ceph) -> None:
@@ -621,6 +619,7 @@ def test_nothing_is_left(ceph: Ceph) -> None:
     async def run() -> None:
         async with opened(ceph, image) as backend:
             await write(backend, 0, bytes(512), fua=True)
+            assert in_use()[1], "they are known by these names"
         await refusal(Rbd(POOL, "none", cluster=connection(ceph)))
 
     trio.run(run)
@@ -709,17 +708,15 @@ def results_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Rbd, "_check", lambda backend, result, operation: None)
 
 
-def cancelled_requests_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Rbd._finish
+def reads_go_to_the_caller_s_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def read(backend: Rbd, offset: int, buffer: memoryview) -> None:
+        library = _librbd.load()
+        content = library.ffi.from_buffer("char[]", buffer)
+        image = backend._opened().image
+        length = len(buffer)
+        await backend._finish("read", content, lambda c: library.rbd.rbd_aio_read(image, offset, length, content, c))
 
-    async def finish(backend: Rbd, operation: str, buffer: Any, submit: Callable[[Any], int]) -> int:
-        try:
-            return await right(backend, operation, buffer, submit)
-        except trio.Cancelled:
-            backend._requests.clear()
-            raise
-
-    monkeypatch.setattr(Rbd, "_finish", finish)
+    monkeypatch.setattr(Rbd, "read", read)
 
 
 async def run_bytes(ceph: Ceph) -> None:
@@ -736,7 +733,7 @@ async def run_bytes(ceph: Ceph) -> None:
         (read_and_write_a_block_too_far, run_disk),
         (discards_too_much, run_bytes),
         (results_are_not_looked_at, run_timeout),
-        (cancelled_requests_are_forgotten, run_cancelled),
+        (reads_go_to_the_caller_s_buffer, run_cancelled),
     ],
 )
 async def test_a_planted_bug_is_found(
