@@ -113,11 +113,17 @@ class Ceph:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """The storage daemon stands still."""
-        os.kill(self._daemons[1].pid, signal.SIGSTOP)
+        daemon = self._daemons[1].pid
+        os.kill(daemon, signal.SIGSTOP)
         try:
+            # Its threads go on for a moment.
+            end = time.monotonic() + COMMAND_SECONDS_MAX
+            while not _stands_still(daemon):
+                assert time.monotonic() < end, "it does not stop"
+                time.sleep(0.001)
             yield
         finally:
-            os.kill(self._daemons[1].pid, signal.SIGCONT)
+            os.kill(daemon, signal.SIGCONT)
 
     def kill(self) -> None:
         """The end of all its daemons, at once. Repeatable."""
@@ -156,6 +162,13 @@ def started(directory: Path) -> Iterator[Ceph]:
         yield ceph
     finally:
         ceph.kill()
+
+
+def _stands_still(process: int) -> bool:
+    """Whether all its threads are stopped."""
+    tasks = Path(f"/proc/{process}/task").glob("*/stat")
+    # Behind the name, which may hold anything, comes the state.
+    return all(task.read_text().rpartition(")")[2].split()[0] == "T" for task in tasks)
 
 
 def _free_port() -> int:
