@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import trio
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.backends.backend_model import Step, check_against_model, scripts
 from tests.rbd.ceph import MIB, POOL, Ceph, missing, started
@@ -35,6 +36,15 @@ WRITE_BACK = {
 }
 #: Seconds of a bound, where it is certain that there will be no answer.
 IMPATIENT = {"client_mount_timeout": "1", "rados_osd_op_timeout": "1", "rados_mon_op_timeout": "1"}
+#: All written, then a piece in the middle gone in each way: what goes too far, or not far enough, shows.
+EVERY_WAY_TO_ZERO = [
+    Step(op="write", offset=0, length=SIZE, value=1, flag=False),
+    Step(op="discard", offset=64 << 10, length=64 << 10, value=0, flag=False),
+    Step(op="discard", offset=512, length=512, value=0, flag=False),
+    Step(op="write_zeroes", offset=3 << 10, length=1 << 10, value=0, flag=True),
+    Step(op="write_zeroes", offset=6 << 10, length=1 << 10, value=0, flag=False),
+    Step(op="flush", offset=0, length=512, value=0, flag=False),
+]
 #: Seconds: what takes longer hangs.
 HANGS = 60.0
 
@@ -123,8 +133,9 @@ def run_scripts(ceph: Ceph, examples: int) -> None:
         suppress_health_check=list(HealthCheck),
         derandomize=True,
         database=None,
-        phases=[Phase.generate],
+        phases=[Phase.explicit, Phase.generate],
     )
+    @example(EVERY_WAY_TO_ZERO)
     @given(scripts(SIZE, 512))
     def checked(script: list[Step]) -> None:
         trio.run(run, script)
@@ -436,6 +447,19 @@ async def test_no_cluster() -> None:
     assert "127.0.0.1:1" in str(error)
 
 
+async def test_names_that_c_would_cut_off(ceph: Ceph) -> None:
+    """A zero byte in a name is refused: what stands before it may be another image's name."""
+    image = ceph.image()
+    for backend in (
+        Rbd(POOL, f"{image}\0x", cluster=connection(ceph)),
+        Rbd(f"{POOL}\0x", image, cluster=connection(ceph)),
+        Rbd(POOL, image, cluster=connection(ceph, rbd_cache="true\0")),
+    ):
+        with pytest.raises(UsageError, match="zero byte"):
+            await backend.open()
+        assert not backend.cluster.is_open
+
+
 async def test_a_size_that_no_disk_has(ceph: Ceph) -> None:
     """An image that is no multiple of the block size, or is empty, is refused with the mend, and closed again."""
     with_rest = ceph.image(MIB + 512)
@@ -542,9 +566,9 @@ async def run_cancelled(ceph: Ceph) -> None:
                 nursery.cancel_scope.cancel()
             # As in the engine: the next request has the buffers.
             data[:] = b"n" * 4096
-            assert backend._requests, "they are with the library still"
+            assert backend._opened().requests, "they are with the library still"
         with trio.fail_after(HANGS):
-            while backend._requests:
+            while backend._opened().requests:
                 await trio.sleep(0.02)
         assert buffer == b"?" * 4096, "nobody else's by now"
         assert await read(backend, 8192, 4096) == b"y" * 4096
@@ -564,13 +588,44 @@ async def test_closing_waits_for_requests(ceph: Ceph) -> None:
         with ceph.paused():
             with trio.move_on_after(0.1):
                 await write(backend, 0, b"x" * 4096, fua=True)
-            assert backend._requests
+            requests = backend._opened().requests
+            assert requests
             nursery.start_soon(backend.aclose)
             await trio.sleep(0.1)
-            assert backend._requests
-    assert not backend._requests
+            assert requests
+    assert not requests
     async with opened(ceph, image) as backend:
         assert await read(backend, 0, 4096) == b"x" * 4096
+
+
+async def test_closing_waits_for_calls(ceph: Ceph) -> None:
+    """An image is not closed under a thread that asks it something; who asks later is told that it is closed."""
+    order: list[str] = []
+    gate = threading.Event()
+    backend = Rbd(POOL, ceph.image(), cluster=connection(ceph))
+    await backend.open()
+
+    def ask(image: Any) -> int:
+        assert gate.wait(HANGS)
+        order.append("asked")
+        return backend._ask_size(image)
+
+    async def close() -> None:
+        await backend.aclose()
+        order.append("closed")
+
+    opened = backend._opened()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(backend._call, opened, ask)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(close)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert order == ["asked", "closed"]
+    with pytest.raises(UsageError, match="not open"):
+        await backend._call(opened, ask)
+    with pytest.raises(UsageError, match="not open"):
+        await backend.rescan()
 
 
 def test_closing_is_bounded(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -714,7 +769,9 @@ def reads_go_to_the_caller_s_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
         content = library.ffi.from_buffer("char[]", buffer)
         image = backend._opened().image
         length = len(buffer)
-        await backend._finish("read", content, lambda c: library.rbd.rbd_aio_read(image, offset, length, content, c))
+        await backend._finish(
+            backend._opened(), "read", content, lambda c: library.rbd.rbd_aio_read(image, offset, length, content, c)
+        )
 
     monkeypatch.setattr(Rbd, "read", read)
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import errno
 import functools
+import os
 from typing import Any, Final
 
 import attrs
 
-from ublk_trio.errors import BackendError, errno_text
+from ublk_trio.errors import BackendError, UsageError, errno_text
 
 LIBRADOS: Final = "librados.so.2"
 LIBRBD: Final = "librbd.so.1"
@@ -80,6 +81,13 @@ def load() -> Library:
     ffi.cdef(_RADOS + _RBD)
     allocate = ffi.new_allocator(should_clear_after_alloc=False)
     return Library(ffi=ffi, rados=_dlopen(ffi, LIBRADOS), rbd=_dlopen(ffi, LIBRBD), allocate=allocate)
+
+
+def encode(text: str) -> bytes:
+    """A text for C. Raises `UsageError` for one that C would cut off."""
+    if "\0" in text:
+        raise UsageError(f"{text!r} holds a zero byte: take that out")
+    return os.fsencode(text)
 
 
 def _dlopen(ffi: Any, name: str) -> Any:

@@ -145,7 +145,7 @@ class CephCluster:
             os.sched_setaffinity(0, self.cpus)
         try:
             made = library.ffi.new("rados_t *")
-            user = library.ffi.NULL if self.user is None else os.fsencode(self.user)
+            user = library.ffi.NULL if self.user is None else _librbd.encode(self.user)
             self._check(library.rados.rados_create(made, user), "no connection could be made: check user")
             handle = made[0]
             try:
@@ -163,7 +163,7 @@ class CephCluster:
 
     def _configure(self, library: _librbd.Library, handle: Any) -> None:
         usual = {name: _get_option(handle, name) for name in (*_BOUNDS, *_QUIET)}
-        path = library.ffi.NULL if self.config_file is None else os.fsencode(self.config_file)
+        path = library.ffi.NULL if self.config_file is None else _librbd.encode(self.config_file)
         result = library.rados.rados_conf_read_file(handle, path)
         if result < 0 and self.config_file is not None:
             self._check(result, f"config_file {self.config_file} can't be read: check path, permissions and content")
@@ -173,7 +173,7 @@ class CephCluster:
                 library.rados.rados_conf_set(handle, name.encode(), value.encode())
         given = dict(self.config) if self.keyring is None else {**self.config, "keyring": self.keyring}
         for name, value in given.items():
-            result = library.rados.rados_conf_set(handle, os.fsencode(name), os.fsencode(value))
+            result = library.rados.rados_conf_set(handle, _librbd.encode(name), _librbd.encode(value))
             if result < 0:
                 self._check(result, f"config: Ceph does not take {name} = {value!r}: check name and value")
 
@@ -218,7 +218,7 @@ async def make_in_thread(make: Callable[[], _Made], unmake: Callable[[_Made], No
         try:
             unmake(result.unwrap())
         except Exception as error:
-            logger.warning("what was given up: %s", error)
+            logger.info("what was given up: %s", error)
 
     # Not `trio.to_thread`: cancelled at its first checkpoint that does not begin, and what stands ready for the thread would stay.
     trio.lowlevel.start_thread_soon(make, deliver)

@@ -25,6 +25,7 @@ import errno
 import logging
 import os
 import select
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -46,6 +47,15 @@ _BATCH: Final = 64
 _FALLBACK_GRANULARITY: Final = 64 << 10
 
 
+@attrs.define(eq=False)
+class _Request:
+    #: The library's until `done`.
+    buffer: Any
+    done: trio.Event = attrs.field(factory=trio.Event)
+    #: Bytes, 0, or a negative errno.
+    result: int = 0
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class _Open:
     """An open image, as the library knows it, and what must live as long as it does."""
@@ -58,15 +68,10 @@ class _Open:
     callback: Any
     watch: int | None
     size: int
-
-
-@attrs.define(eq=False)
-class _Request:
-    #: The library's until `done`.
-    buffer: Any
-    done: trio.Event = attrs.field(factory=trio.Event)
-    #: Bytes, 0, or a negative errno.
-    result: int = 0
+    #: Those that are under way, by the address of their completion.
+    requests: dict[int, _Request] = attrs.field(factory=dict)
+    #: Held by a thread that makes a blocking call; nobody may close the image meanwhile.
+    calling: threading.Lock = attrs.field(factory=threading.Lock)
 
 
 class Rbd(Backend):
@@ -102,7 +107,6 @@ class Rbd(Backend):
             raise UsageError(f"backend {self}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096")
         self.block_size = block_size
         self._open: _Open | None = None
-        self._requests: dict[int, _Request] = {}
         #: How often the library told of a change, and of how many of these `next_size` has asked for the size.
         self._changes = self._looked_at = 0
         self._changed = trio.Event()
@@ -154,7 +158,7 @@ class Rbd(Backend):
         Raises `UsageError` when it is not open or no disk has that size, and `OSError` when it can't be asked; the size stays what it was.
         """
         opened = self._opened()
-        set_size(self, await trio.to_thread.run_sync(self._ask_size, opened.image, limiter=trio.CapacityLimiter(1)))
+        set_size(self, await self._call(opened, self._ask_size))
         return self.size
 
     async def resize(self, size: int) -> None:
@@ -169,11 +173,21 @@ class Rbd(Backend):
             raise UsageError(
                 f"backend {self}: {size} bytes are less than its {self.size}, which would lose data: {mend}"
             )
-        rbd = _librbd.load().rbd
-        result = await trio.to_thread.run_sync(rbd.rbd_resize, opened.image, size, limiter=trio.CapacityLimiter(1))
+        result = await self._call(opened, lambda image: _librbd.load().rbd.rbd_resize(image, size))
         if result < 0:
             raise self._error(-result, "it can't be resized: check the cluster's health and the pool's quota")
         set_size(self, size)
+
+    async def _call(self, opened: _Open, function: Callable[[Any], int]) -> int:
+        """A blocking call, in a thread. Raises `UsageError` when the image was closed before its turn came."""
+
+        def call() -> int:
+            with opened.calling:
+                if self._open is not opened:
+                    raise UsageError(f"backend {self}: not open")
+                return function(opened.image)
+
+        return await trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
 
     async def next_size(self) -> int:
         """Returns when the image was resized, by `resize` or elsewhere: `size` is the new one then, bytes.
@@ -182,7 +196,8 @@ class Rbd(Backend):
         """
         before = self.size
         while self.size == before:
-            if self._open is None:
+            opened = self._open
+            if opened is None:
                 raise trio.ClosedResourceError(f"backend {self} is closed")
             changes = self._changes
             if self._looked_at == changes:
@@ -191,6 +206,8 @@ class Rbd(Backend):
             try:
                 await self.rescan()
             except (OSError, UsageError) as error:
+                if self._open is not opened:
+                    continue
                 logger.warning("backend %s: its new size can't be had: %s", self, error)
             self._looked_at = changes
         return self.size
@@ -209,7 +226,7 @@ class Rbd(Backend):
         # librbd fills all that it reports.
         content = library.allocate("char[]", length)
         done = await self._finish(
-            "read", content, lambda c: library.rbd.rbd_aio_read(opened.image, offset, length, content, c)
+            opened, "read", content, lambda c: library.rbd.rbd_aio_read(opened.image, offset, length, content, c)
         )
         if done != length:
             raise OSError(errno.EIO, f"{self}: the image has become shorter than the disk")
@@ -221,21 +238,21 @@ class Rbd(Backend):
         library = _librbd.load()
         content = library.ffi.from_buffer(bytes(data))
         await self._finish(
-            "write", content, lambda c: library.rbd.rbd_aio_write(opened.image, offset, length, content, c)
+            opened, "write", content, lambda c: library.rbd.rbd_aio_write(opened.image, offset, length, content, c)
         )
         if fua:
             await self.flush()
 
     async def flush(self) -> None:
         """Every finished write is in the cluster."""
-        opened = self._within(0, 0)
-        await self._finish("flush", None, lambda c: _librbd.load().rbd.rbd_aio_flush(opened.image, c))
+        opened = self._opened()
+        await self._finish(opened, "flush", None, lambda c: _librbd.load().rbd.rbd_aio_flush(opened.image, c))
 
     async def discard(self, offset: int, length: int) -> None:
         """Frees the whole pieces of the range, which then read as zeroes."""
         opened = self._within(offset, length)
         rbd = _librbd.load().rbd
-        await self._finish("discard", None, lambda c: rbd.rbd_aio_discard(opened.image, offset, length, c))
+        await self._finish(opened, "discard", None, lambda c: rbd.rbd_aio_discard(opened.image, offset, length, c))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Zeroes the range; without `unmap` by writing."""
@@ -243,21 +260,21 @@ class Rbd(Backend):
         rbd = _librbd.load().rbd
         flags = 0 if unmap else _librbd.WRITE_ZEROES_THICK
         await self._finish(
-            "write_zeroes", None, lambda c: rbd.rbd_aio_write_zeroes(opened.image, offset, length, c, flags, 0)
+            opened, "write_zeroes", None, lambda c: rbd.rbd_aio_write_zeroes(opened.image, offset, length, c, flags, 0)
         )
 
-    async def _finish(self, operation: str, buffer: Any, submit: Callable[[Any], int]) -> int:
-        """Submits a request and waits for its result. Cancelled: the request goes on without us, and `_requests` holds its buffer."""
+    async def _finish(self, opened: _Open, operation: str, buffer: Any, submit: Callable[[Any], int]) -> int:
+        """Submits a request and waits for its result. Cancelled: the request goes on without us, and `_Open.requests` holds its buffer."""
         library = _librbd.load()
         made = library.ffi.new("rbd_completion_t *")
         self._check(library.rbd.rbd_aio_create_completion(library.ffi.NULL, library.ffi.NULL, made), operation)
         completion = made[0]
         key = _address(completion)
         # Before it is submitted; it is reaped in this thread, so not before we wait.
-        self._requests[key] = request = _Request(buffer)
+        opened.requests[key] = request = _Request(buffer)
         refused = submit(completion)
         if refused < 0:
-            del self._requests[key]
+            del opened.requests[key]
             library.rbd.rbd_aio_release(completion)
             self._check(refused, operation)
         await request.done.wait()
@@ -283,7 +300,7 @@ class Rbd(Backend):
             os.eventfd_read(opened.eventfd)
         while (count := library.rbd.rbd_poll_io_events(opened.image, completions, _BATCH)) > 0:
             for completion in completions[0:count]:
-                request = self._requests.pop(_address(completion))
+                request = opened.requests.pop(_address(completion))
                 request.result = library.rbd.rbd_aio_get_return_value(completion)
                 request.buffer = None
                 library.rbd.rbd_aio_release(completion)
@@ -313,12 +330,12 @@ class Rbd(Backend):
         ioctx, eventfd = ffi.NULL, -1
         try:
             made = ffi.new("rados_ioctx_t *")
-            self._refuse(rados.rados_ioctx_create(handle, os.fsencode(self.pool), made), f"pool {self.pool!r}")
+            self._refuse(rados.rados_ioctx_create(handle, _librbd.encode(self.pool), made), f"pool {self.pool!r}")
             ioctx = made[0]
-            rados.rados_ioctx_set_namespace(ioctx, os.fsencode(self.namespace))
+            rados.rados_ioctx_set_namespace(ioctx, _librbd.encode(self.namespace))
             made = ffi.new("rbd_image_t *")
             opening = rbd.rbd_open_read_only if self.read_only else rbd.rbd_open
-            self._refuse(opening(ioctx, os.fsencode(self.image), made, ffi.NULL), "the image")
+            self._refuse(opening(ioctx, _librbd.encode(self.image), made, ffi.NULL), "the image")
             image = made[0]
             try:
                 eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -346,11 +363,12 @@ class Rbd(Backend):
         # What nobody waits for any more is still the library's, with its buffer.
         ready = select.poll()
         ready.register(opened.eventfd, select.POLLIN)
-        while self._requests:
+        while opened.requests:
             ready.poll()
             self._take_over(opened)
         try:
-            self._close_image(opened)
+            with opened.calling:
+                self._close_image(opened)
         finally:
             self._leave()
 
