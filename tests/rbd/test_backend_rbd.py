@@ -601,11 +601,12 @@ async def test_closing_waits_for_requests(ceph: Ceph) -> None:
 async def test_closing_waits_for_calls(ceph: Ceph) -> None:
     """An image is not closed under a thread that asks it something; who asks later is told that it is closed."""
     order: list[str] = []
-    gate = threading.Event()
+    asking, gate = threading.Event(), threading.Event()
     backend = Rbd(POOL, ceph.image(), cluster=connection(ceph))
     await backend.open()
 
     def ask(image: Any) -> int:
+        asking.set()
         assert gate.wait(HANGS)
         order.append("asked")
         return backend._ask_size(image)
@@ -617,7 +618,7 @@ async def test_closing_waits_for_calls(ceph: Ceph) -> None:
     opened = backend._opened()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(backend._call, opened, ask)
-        await trio.testing.wait_all_tasks_blocked()
+        await trio.to_thread.run_sync(asking.wait, HANGS)
         nursery.start_soon(close)
         await trio.testing.wait_all_tasks_blocked()
         gate.set()
