@@ -1,39 +1,32 @@
-"""Servers that start at once: forked from a process that has imported everything.
-
-A Python starts in 5 to 15 s in an emulated guest. Where a test kills one server after the other, that would be most of its time.
-"""
+"""Servers with backends that the command line has not got, each in a process of its own."""
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerProcess
 
 import trio
 
+from tests.kernel.forking import ForkedProcess, fork
 from tests.kernel.programs import START_SECONDS_MAX, STOP_SECONDS_MAX
 from ublk_trio import Backend, DeviceOptions, RealKernel, open_target
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-# The forking process imports this module, and with it all that a server needs.
-_CONTEXT.set_forkserver_preload([__name__])
 
 
 class ForkedServer:
     """A process that serves one disk. Made by `ForkedServers.start`."""
 
-    def __init__(self, process: ForkServerProcess, dev_id: int) -> None:
+    def __init__(self, process: ForkedProcess, dev_id: int) -> None:
         self.dev_id = dev_id
         self.disk = f"/dev/ublkb{dev_id}"
         self._process = process
 
     @property
     def is_running(self) -> bool:
-        return self._process.exitcode is None
+        return self._process.returncode is None
 
     async def kill(self) -> None:
         """End it by SIGKILL; return when it is gone."""
@@ -45,10 +38,9 @@ class ForkedServer:
         self._process.terminate()
         assert await self._exit_code() == 0
 
-    async def _exit_code(self) -> int | None:
+    async def _exit_code(self) -> int:
         with trio.fail_after(STOP_SECONDS_MAX):
-            await trio.lowlevel.wait_readable(self._process.sentinel)
-        return self._process.exitcode
+            return await self._process.wait()
 
 
 class ForkedServers:
@@ -64,12 +56,10 @@ class ForkedServers:
 
         ``make_backend`` is called in the server; it and its result's class are to be found by name in a module.
         """
-        live, tell = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=_serve, args=(make_backend, options, recovers, tell), daemon=True)
+        live, tell = Pipe(duplex=False)
         with live:
             with tell:
-                # The first one waits for the process that forks.
-                await trio.to_thread.run_sync(process.start)
+                process = fork(_serve, make_backend, options, recovers, tell)
             with trio.fail_after(START_SECONDS_MAX):
                 await trio.lowlevel.wait_readable(live)
             try:

@@ -13,6 +13,7 @@ from pathlib import Path
 import attrs
 import trio
 
+from tests.kernel.forking import PROGRAM_NAME
 from ublk_trio.control import open_control
 from ublk_trio.device import already_gone_is_fine
 from ublk_trio.real import RealKernel
@@ -84,13 +85,14 @@ def _entries() -> set[str]:
 
 
 def _processes() -> set[str]:
-    """Servers and load generators: by their command lines."""
+    """Servers and load generators: by their command lines, and forked servers by their names."""
     found = set()
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = directory.joinpath("cmdline").read_bytes().split(b"\0")
             is_server = b"-m" in words and words[words.index(b"-m") + 1 :][:1] == [b"ublk_trio"]
-            if is_server or Path(os.fsdecode(words[0])).name in ("fio", "dd", "mkfs.ext4", "fsck.ext4"):
+            is_forked = directory.joinpath("comm").read_text(encoding="ascii", errors="replace").strip() == PROGRAM_NAME
+            if is_server or is_forked or Path(os.fsdecode(words[0])).name in ("fio", "dd", "mkfs.ext4", "fsck.ext4"):
                 found.add(f"process {directory.name} {b' '.join(words).decode(errors='replace')}")
     return found
 

@@ -16,8 +16,11 @@ from typing import IO
 import attrs
 import trio
 
+from tests.kernel.forking import ForkedProcess, fork_ublk_trio
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 JOBS = Path(__file__).with_name("verify.fio")
+#: The program itself. Slow to start: only where it cannot be forked.
 UBLK_TRIO = (sys.executable, "-m", "ublk_trio")
 #: Of the kernel that runs: its first two numbers.
 RELEASE = tuple(int(number) for number in os.uname().release.split(".")[:2])
@@ -71,8 +74,20 @@ async def _kill(process: trio.Process) -> None:
 
 
 async def ublk_trio(*arguments: str) -> Finished:
-    """One command of the command line, to its end."""
-    return await run(*UBLK_TRIO, *arguments)
+    """One command of the command line, to its end. Raises as `run`."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr, trio.fail_after(COMMAND_SECONDS_MAX):
+        process = fork_ublk_trio(arguments, stdout=stdout.fileno(), stderr=stderr.fileno())
+        try:
+            code = await process.wait()
+        finally:
+            process.kill()
+        said = [_content(file) for file in (stdout, stderr)]
+    return Finished(command=" ".join(("ublk_trio", *arguments)), code=code, stdout=said[0], stderr=said[1])
+
+
+def _content(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
 
 
 async def fio_verify(disk: str, *, seconds: float = COMMAND_SECONDS_MAX) -> None:
@@ -182,10 +197,13 @@ class Server:
     """`ublk_trio start` or `recover` as a process of its own. Made by `start_server`, `operated_server` and
     `recover_server`."""
 
-    def __init__(self, process: trio.Process, stderr: IO[bytes]) -> None:
+    def __init__(
+        self, process: trio.Process | ForkedProcess, stdout: trio.abc.ReceiveStream, stderr: IO[bytes]
+    ) -> None:
         self.process = process
         self.disks: list[str] = []
         self.expected_stderr = ""
+        self._stdout = stdout
         self._stderr = stderr
 
     @property
@@ -200,16 +218,14 @@ class Server:
 
     def stderr(self) -> str:
         """What it said so far."""
-        self._stderr.seek(0)
-        return self._stderr.read().decode(errors="replace")
+        return _content(self._stderr)
 
     async def wait_until_live(self, disks: int) -> None:
         """Wait for the line on stdout that each disk gets."""
-        assert self.process.stdout is not None
         said = b""
         with trio.move_on_after(START_SECONDS_MAX):
             while said.count(b"\n") < disks:
-                more = await self.process.stdout.receive_some()
+                more = await self._stdout.receive_some()
                 if not more:
                     break
                 said += more
@@ -242,8 +258,8 @@ async def start_server(
     ``prefix``: the words before the command, to run it as another user.
     """
     arguments = [word for spec in backends for word in ("--backend", spec)]
-    command = [*prefix, *UBLK_TRIO, "start", *arguments, *options]
-    async with _serving(command, disks=len(backends), ends_with=ends_with) as server:
+    words = ["start", *arguments, *options]
+    async with _serving(words, disks=len(backends), ends_with=ends_with, prefix=prefix) as server:
         yield server
 
 
@@ -253,8 +269,8 @@ async def operated_server(
 ) -> AsyncIterator[Server]:
     """A server that listens at a socket for remote calls; ``disks``: how many the configuration has."""
     more = [] if config is None else ["--config", str(config)]
-    command = [*prefix, *UBLK_TRIO, "start", "--rpc-socket", socket, *more]
-    async with _serving(command, disks=disks, ends_with=signal.SIGTERM) as server:
+    words = ["start", "--rpc-socket", socket, *more]
+    async with _serving(words, disks=disks, ends_with=signal.SIGTERM, prefix=prefix) as server:
         # Not until the socket is there: a server that was killed has left one.
         server.expected_stderr = f"ublk-trio: listening at {socket}\n"
         await wait_until(lambda: server.stderr() == server.expected_stderr, seconds=START_SECONDS_MAX)
@@ -264,30 +280,44 @@ async def operated_server(
 @asynccontextmanager
 async def recover_server(disk: str, backend: str, *, options: Sequence[str] = ()) -> AsyncIterator[Server]:
     """As `start_server`, for a disk whose server was killed."""
-    command = [*UBLK_TRIO, "recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
-    async with _serving(command, disks=1, ends_with=signal.SIGTERM) as server:
+    words = ["recover", disk.removeprefix("/dev/ublkb"), "--backend", backend, *options]
+    async with _serving(words, disks=1, ends_with=signal.SIGTERM) as server:
         yield server
 
 
 @asynccontextmanager
-async def _serving(command: Sequence[str], *, disks: int, ends_with: signal.Signals) -> AsyncIterator[Server]:
-    with tempfile.TemporaryFile() as stderr:
-        process = await trio.lowlevel.open_process(command, stdout=subprocess.PIPE, stderr=stderr, cwd=CHECKOUT)
-        try:
-            server = Server(process, stderr)
-            await server.wait_until_live(disks)
-            yield server
-            if process.returncode is None:
-                code = await server.stop(ends_with)
-                assert (code, server.stderr()) == (0, server.expected_stderr)
-        finally:
-            with trio.CancelScope(shield=True):
-                await _end(process)
-                if process.stdout is not None:
-                    await process.stdout.aclose()
+async def _serving(
+    arguments: Sequence[str], *, disks: int, ends_with: signal.Signals, prefix: Sequence[str] = ()
+) -> AsyncIterator[Server]:
+    said, say = os.pipe()
+    async with trio.lowlevel.FdStream(said) as stdout:
+        with tempfile.TemporaryFile() as stderr:
+            try:
+                process = await _start(arguments, prefix, stdout=say, stderr=stderr.fileno())
+            finally:
+                os.close(say)
+            try:
+                server = Server(process, stdout, stderr)
+                await server.wait_until_live(disks)
+                yield server
+                if process.returncode is None:
+                    code = await server.stop(ends_with)
+                    assert (code, server.stderr()) == (0, server.expected_stderr)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await _end(process)
 
 
-async def _end(process: trio.Process) -> None:
+async def _start(
+    arguments: Sequence[str], prefix: Sequence[str], *, stdout: int, stderr: int
+) -> trio.Process | ForkedProcess:
+    if not prefix:
+        return fork_ublk_trio(arguments, stdout=stdout, stderr=stderr)
+    command = [*prefix, *UBLK_TRIO, *arguments]
+    return await trio.lowlevel.open_process(command, stdout=stdout, stderr=stderr, cwd=CHECKOUT)
+
+
+async def _end(process: trio.Process | ForkedProcess) -> None:
     """For a test that failed: politely first, so that what it leaves is not the failure's own noise."""
     if process.returncode is None:
         process.terminate()
