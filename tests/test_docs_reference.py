@@ -20,7 +20,7 @@ import ublk_trio.backends
 import ublk_trio.kernel_sim
 import ublk_trio.rpc
 from tests.conformance import __main__ as conformance
-from tests.kernel import vm
+from tests.kernel.guest import command_line
 from ublk_trio import DeviceOptions, Limits, Memory, SimKernel, device, open_target
 from ublk_trio.backends import KINDS
 from ublk_trio.cli import app, devices, serving, sim
@@ -331,7 +331,7 @@ def test_shell_lines(line: str) -> None:
             assert set(targets) <= set(known)
         case ["python3", "tests/kernel/vm.py", *arguments]:
             own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-            assert isinstance(vm.build_parser().parse_args(own), argparse.Namespace)
+            assert isinstance(command_line.build_parser().parse_args(own), argparse.Namespace)
         case [".venv/bin/python", "-m", "pytest", *paths]:
             for path in paths:
                 assert path.startswith("-") or (ROOT / path.partition("::")[0]).exists(), path
