@@ -93,11 +93,17 @@ show() {
 
 # A lane and all that it started is one process group: job control is on where it starts.
 stop_lanes() {
-    local lane
+    local lane tries
     for lane in "${lanes[@]}"; do
         kill -TERM -- "-$lane" 2> /dev/null
     done
-    wait
+    for lane in "${lanes[@]}"; do
+        for ((tries = 0; tries < 100; tries++)); do
+            kill -0 -- "-$lane" 2> /dev/null || break
+            sleep 0.1
+        done
+        kill -KILL -- "-$lane" 2> /dev/null
+    done
 }
 
 # ---------------------------------------------------------------- as an ordinary user
