@@ -11,8 +11,8 @@ import os
 import platform
 
 import trio
+from workers import cpu_seconds, use
 
-from bench.workers import cpu_seconds, use
 from ublk_trio import DataMode, DeviceOptions, Memory, RealKernel, open_target
 
 SIZE = 128 << 20

@@ -206,16 +206,15 @@ def _held_when_let_go() -> int:
 
     async def main() -> None:
         kernel = SimKernel(partition_scan=False, version=(6, 12))
-        async with trio.open_nursery() as nursery:
-            async with open_target(kernel) as target:
-                device = await target.start_device(Memory(MIB), DeviceOptions(recovery=Recovery.REISSUE))
-                for pause in PAUSES:
-                    nursery.start_soon(read, kernel, pause)
-                await trio.sleep(1.0)
-                with mock.patch.object(Device, "_close_rings", noted):
-                    await target.release_device(device)
-                await target.recover_device(0, Memory(MIB))
-                nursery.cancel_scope.cancel()
+        async with trio.open_nursery() as nursery, open_target(kernel) as target:
+            device = await target.start_device(Memory(MIB), DeviceOptions(recovery=Recovery.REISSUE))
+            for pause in PAUSES:
+                nursery.start_soon(read, kernel, pause)
+            await trio.sleep(1.0)
+            with mock.patch.object(Device, "_close_rings", noted):
+                await target.release_device(device)
+            await target.recover_device(0, Memory(MIB))
+            nursery.cancel_scope.cancel()
 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
     return held[0]
