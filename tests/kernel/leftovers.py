@@ -89,7 +89,10 @@ def _processes() -> set[str]:
     found = set()
     for directory in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            words = directory.joinpath("cmdline").read_bytes().split(b"\0")
+            command = directory.joinpath("cmdline").read_bytes()
+            if not command:  # the kernel's own, or one that has ended
+                continue
+            words = command.split(b"\0")
             is_server = b"-m" in words and words[words.index(b"-m") + 1 :][:1] == [b"ublk_trio"]
             is_forked = directory.joinpath("comm").read_text(encoding="ascii", errors="replace").strip() == PROGRAM_NAME
             if is_server or is_forked or Path(os.fsdecode(words[0])).name in ("fio", "dd", "mkfs.ext4", "fsck.ext4"):
