@@ -14,8 +14,8 @@ from tests.kernel.guest.host_tools import QEMU, located
 from tests.kernel.guest.kernels import Kernel
 from tests.kernel.guest.options import Options
 
-EMULATED_CPU = "max,-cx16"
-"""Everything that QEMU can emulate but ``cmpxchg16b``."""
+EMULATED_CPU = "max,-cx16,-la57"
+"""Everything that QEMU can emulate, but ``cmpxchg16b``, and page tables of five levels, which are slower to walk than four."""
 
 
 def accelerator_arguments(options: Options) -> list[str]:
