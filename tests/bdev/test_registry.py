@@ -54,8 +54,9 @@ async def test_one_writer_at_a_time() -> None:
         first, second = registry.descriptor("a", claim="first"), registry.descriptor("a", claim="second")
         await first.open()
         assert bdev.claimed_by == "first"
-        with pytest.raises(BackendError, match="first"):
+        with pytest.raises(BackendError, match="first") as refused:
             await second.open()
+        assert refused.value.errno == errno.EPERM
         reader = registry.descriptor("a", claim=None)
         await reader.open()
         assert reader.read_only

@@ -123,6 +123,13 @@ async def test_what_cannot_be_made_after_all(caplog: pytest.LogCaptureFixture) -
         assert bench.service.expected == {}
 
 
+async def test_a_free_name_is_none_that_is_awaited() -> None:
+    """What is made without a name gets another than one that waits."""
+    async with open_bench() as bench:
+        await bench.call("bdev_passthru_create", name="Malloc0", base_bdev_name="x")
+        assert await bench.call("bdev_malloc_create", **MALLOC) == "Malloc1"
+
+
 async def test_by_uuid() -> None:
     """A base may be named by its UUID here too."""
     uuid = "0e5b3c40-1d0f-4f7f-9b6a-3a3f8f6b0001"

@@ -221,6 +221,18 @@ async def test_a_saved_mirror_is_made_again() -> None:
         assert save(again.service)["subsystems"][0]["config"] == saved
 
 
+async def test_a_mirror_follows_each_member_s_size() -> None:
+    """Also one's that joined late; the smallest counts."""
+    async with open_bench() as bench:
+        await bench.malloc("a", "b")
+        await bench.call("bdev_raid_create", name="r", raid_level="raid1", base_bdevs=["a"])
+        await bench.call("bdev_raid_add_base_bdev", raid_bdev="r", base_bdev="b")
+        await trio.testing.wait_all_tasks_blocked()
+        for member, blocks in (("a", BLOCKS), ("b", 2 * BLOCKS)):
+            await bench.call("bdev_malloc_resize", name=member, new_size=2)
+            assert (await bench.bdev("r"))["num_blocks"] == blocks
+
+
 async def test_the_places_of_a_degraded_mirror_are_saved() -> None:
     """What lacks a member, or has one that failed or is being rebuilt, has as many places when it is made again, and saves as
     the same; a bdev that is added takes the first that is empty."""
