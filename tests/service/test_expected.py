@@ -103,6 +103,8 @@ async def test_while_they_are_awaited(caplog: pytest.LogCaptureFixture) -> None:
         ]
         assert await bench.call("bdev_raid_delete", name="r") is True
         assert (await bench.bdev("a"))["claimed"] is False
+        with refused(errno.ENODEV):
+            await bench.call("bdev_malloc_delete", name="p")
         assert await bench.call("bdev_passthru_delete", name="p") is True
         with refused(errno.ENODEV):
             await bench.call("bdev_passthru_delete", name="p")

@@ -240,7 +240,7 @@ SAVED: Final = [
 
 @pytest.mark.parametrize("case", SAVED, ids=str)
 async def test_what_was_given_is_saved(case: Case, path: Path) -> None:
-    """Every parameter of a call that makes something is in what is saved, with its value."""
+    """Every parameter of a call that makes something is in what is saved, with its value, in an order that can be made again."""
     given = {name: value for name, value in filled(case.params, path).items() if value not in (0, False)}
     async with open_bench(target=False) as bench:
         await prepare(bench, case, path)
@@ -249,6 +249,10 @@ async def test_what_was_given_is_saved(case: Case, path: Path) -> None:
         saved = await bench.call("framework_get_config", name=subsystem)
         found = [call["params"] for call in saved if call["method"] == case.method]
         assert any(given.items() <= params.items() for params in found), found
+        calls = [call for name in ("bdev", "ublk") for call in await bench.call("framework_get_config", name=name)]
+    async with open_bench(target=False) as again:
+        for call in calls:
+            await again.call(call["method"], **call["params"])
 
 
 async def test_killing() -> None:
