@@ -76,7 +76,7 @@ async def compare(disks: dict[str, str], load: str, *, rounds: int, seconds: flo
     }
     for name, row in rows.items():
         ratio = row[0] / rows[BASE][0]
-        print(f"{load:<10} {name:<15} " + " ".join(f"{value:>9.1f}" for value in row) + f" {ratio:>6.2f}", flush=True)
+        print(f"{load:<10} {name:<15} " + " ".join(f"{value:>9.1f}" for value in row) + f" {ratio:>7.3f}", flush=True)
 
 
 async def serve_and_compare(rounds: int, seconds: float) -> None:
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="for each turn")
     arguments = parser.parse_args()
     print(f"Linux {platform.release()}, Python {platform.python_version()}, {os.cpu_count()} CPUs, 4 KiB, depth 1, µs")
-    print(f"{'load':<10} {'disk':<15} {'median':>9} {'99 %':>9} {'99.9 %':>9} {'ratio':>6}")
+    print(f"{'load':<10} {'disk':<15} {'median':>9} {'99 %':>9} {'99.9 %':>9} {'ratio':>7}")
     trio.run(serve_and_compare, arguments.rounds, arguments.seconds)
 
 
