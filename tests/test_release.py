@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 from unittest import mock
 
 import attrs
@@ -75,7 +76,7 @@ async def hand_over_under_load(
     """From one server to the next, several times, while a verified load runs; whatever goes wrong is an AssertionError."""
     memory = Memory(MIB)
     report = WorkloadReport(disk="disk")
-    load = Workload(seed=3, seconds=1000.0, region_bytes=64 * 1024)
+    load = Workload(seed=3, seconds=math.inf, region_bytes=64 * 1024)
 
     def backend() -> Backend:
         return Slow(memory, backend_seconds_min) if options.serve == "async" else memory
@@ -126,6 +127,24 @@ async def test_under_load(
     await hand_over_under_load(SimKernel(choices, version=version), options)
 
 
+#: The wait between two looks is over at once, as if the machine had had something else to do meanwhile.
+busy_machine = mock.patch("ublk_trio.device._LOOK_SECONDS", 0.0)
+
+
+async def _hand_over_on_a_busy_machine() -> None:
+    options = DeviceOptions(recovery=Recovery.REQUEUE, queues=2, depth=4, max_io_bytes=16384)
+    with busy_machine:
+        for seed in range(10):
+            await hand_over_under_load(SimKernel(SeededChoices(seed), version=(6, 16)), options, seconds_max=5.0)
+
+
+async def test_a_busy_machine() -> None:
+    """What came just before the disk is let go is answered, although no time was left to take it."""
+    await _hand_over_on_a_busy_machine()
+    with mock.patch("ublk_trio.device._CALM_LOOKS", 0), broken_invariant():
+        await _hand_over_on_a_busy_machine()
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -146,7 +165,7 @@ async def test_planted_bugs_are_caught(plant: mock._patch[object]) -> None:
             SimKernel(SeededChoices(0)), options, backend_seconds_min=BACKEND_SECONDS_MIN, seconds_max=seconds_max
         )
 
-    with plant, broken_invariant():
+    with plant, busy_machine, broken_invariant():
         await hand_over(5.0)
     await hand_over(60.0)
 
@@ -223,7 +242,7 @@ def _held_when_let_go() -> int:
 def test_nothing_is_on_its_way_when_it_is_let_go() -> None:
     """Where the kernel cannot hold requests back, rings are closed when all who use the disk wait: Linux 6.12 may crash else."""
     assert _held_when_let_go() == len(PAUSES)
-    with mock.patch.object(Device, "_settle", mock.AsyncMock()):
+    with mock.patch("ublk_trio.device._CALM_LOOKS", 0):
         assert _held_when_let_go() < len(PAUSES)
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import errno
 import inspect
 import logging
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -55,11 +56,13 @@ DELETE_SECONDS = 5.0
 ACCESS_SECONDS = 30.0
 _ACCESS_PAUSE_SECONDS = 0.05
 #: Seconds between two looks at whether everything is answered, before a disk is let go. In between Trio waits in the kernel, which
-#: thereby hands over whatever it had on its way to us.
+#: thereby hands over whatever it had on its way to us; and then the queues' tasks must have had their turn to take it.
 _LOOK_SECONDS = 0.005
-#: Where the kernel cannot hold requests back: seconds without a new one until it counts as having handed over all, and how long that
-#: is waited for. Before Linux 6.15 the driver may crash when a ring is closed while a request is on its way to it.
-_SETTLED_SECONDS = 0.1
+#: After so many looks in a row without anything new nothing is on its way any more. Looks are counted, not seconds: on a busy machine
+#: any time may pass between two of them without a turn for anybody. Where the kernel cannot hold requests back, who uses the disk
+#: goes on until they wait for us; so long is waited for that at most. Before Linux 6.15 the driver may crash when a ring is closed while a
+#: request is on its way to it.
+_CALM_LOOKS = 20
 _SETTLE_SECONDS_MAX = 3.0
 
 
@@ -556,8 +559,6 @@ class Device:
             for queue in self._queues:
                 queue.hold()
         held = "" if await self._done_while_progressing() else self._held()
-        if Feature.QUIESCE not in self.info.flags:
-            await self._settle()
         self._owned = False
         await self._let_go()
         logger.info("device %d: released; it waits for another server", self.dev_id)
@@ -582,29 +583,28 @@ class Device:
         return False
 
     async def _done_while_progressing(self) -> bool:
-        """Wait until every queue `is_done`. False after the grace time without a single answer."""
-        done_before = False
+        """Wait until every queue `is_done` and nothing comes any more. False after the grace time without a single answer."""
+        calm_looks, held = 0, -1
         answered, deadline = -1, 0.0
+        settle_deadline = math.inf
         while not self._hopeless.is_set():
-            done = all(queue.is_done for queue in self._queues)
-            if done and done_before:
-                return True
-            done_before = done
+            now = trio.current_time()
+            if all(queue.is_done for queue in self._queues):
+                settle_deadline = min(settle_deadline, now + _SETTLE_SECONDS_MAX)
+                calm_looks = calm_looks + 1 if held == (held := self._number_held()) else 0
+                if calm_looks >= _CALM_LOOKS or now > settle_deadline:
+                    return True
+            else:
+                calm_looks = 0
             if answered != (answered := sum(queue.answered for queue in self._queues)):
-                deadline = trio.current_time() + self.options.grace_seconds
-            elif trio.current_time() > deadline:
+                deadline = now + self.options.grace_seconds
+            elif now > deadline and calm_looks == 0:
                 return False
             await trio.sleep(_LOOK_SECONDS)
         return False
 
-    async def _settle(self) -> None:
-        """Wait until whoever uses the disk waits for us, and so nothing comes any more; for a bounded time."""
-        began = since = trio.current_time()
-        had = 0
-        while trio.current_time() < min(since + _SETTLED_SECONDS, began + _SETTLE_SECONDS_MAX):
-            if had != (has := sum(len(queue.unanswered()) for queue in self._queues)):
-                had, since = has, trio.current_time()
-            await trio.sleep(_LOOK_SECONDS)
+    def _number_held(self) -> int:
+        return sum(len(queue.unanswered()) for queue in self._queues)
 
     async def _let_go(self) -> None:
         """Leave a disk as it is: without a server, but there."""
