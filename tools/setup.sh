@@ -3,11 +3,11 @@
 # with what it depends on. The Makefile calls it before everything else. Where nothing is missing it says nothing.
 #
 #     tools/setup.sh          what `make start` needs
-#     tools/setup.sh tests    and what `make test` needs besides: a virtual machine, tools that the kernel tests use, a browser
+#     tools/setup.sh tests    and what `make test` needs besides: a virtual machine, tools that the kernel tests use, a browser, Ceph
 #
 # As root, or where sudo asks for no password, it installs packages with apt-get. Otherwise it says which are missing and
 # goes on without, as long as there can be a .venv: only the real ring needs the native part, only the kernel tests QEMU,
-# only a test of the timeline Chromium.
+# only a test of the timeline Chromium, only those of Ceph images a cluster.
 #
 # Looks for what is needed (a header, a program), not for package names: Python need not be Debian's.
 #

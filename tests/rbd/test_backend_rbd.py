@@ -21,7 +21,7 @@ import trio
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.backends.backend_model import Step, check_against_model, scripts
-from tests.rbd.ceph import MIB, POOL, Ceph, missing, started
+from tests.rbd.ceph import MIB, POOL, Ceph, started
 from ublk_trio import DeviceOptions, SimKernel, open_target
 from ublk_trio.backends import CephCluster, Rbd, _librbd, capabilities, check_geometry, parse_backend, rbd
 from ublk_trio.errors import BackendError, UsageError
@@ -431,14 +431,14 @@ async def test_refusals(ceph: Ceph, pool: str, namespace: str, config: dict[str,
     assert says in str(error)
 
 
-async def test_no_such_file() -> None:
+async def test_no_such_file(ceph: Ceph) -> None:
     """A configuration or a key that is not there is named; nothing is asked over the network."""
     error = await refusal(Rbd(POOL, "none", cluster=CephCluster(config_file="/nowhere/ceph.conf")))
     assert error.errno == errno.ENOENT
     assert "config_file /nowhere/ceph.conf can't be read" in str(error)
 
 
-async def test_no_cluster() -> None:
+async def test_no_cluster(ceph: Ceph) -> None:
     """A port that nobody listens on: an error that names it, in the time that was given."""
     cluster = CephCluster(config_file="/dev/null", config={"mon_host": "v2:127.0.0.1:1", **IMPATIENT})
     error = await refusal(Rbd(POOL, "none", cluster=cluster))
@@ -473,7 +473,7 @@ async def test_a_size_that_no_disk_has(ceph: Ceph) -> None:
 
 
 @pytest.mark.parametrize("library", ["LIBRADOS", "LIBRBD"])
-async def test_no_library(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_no_library(ceph: Ceph, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ceph's libraries the package works; opening an image says which one is missing, and where it is to be had."""
     name = getattr(_librbd, library)
     package = _librbd._DEBIAN[name]
@@ -683,23 +683,21 @@ def test_nothing_is_left(ceph: Ceph) -> None:
         trio.run(run)
 
 
-def test_a_cluster_that_dies(tmp_path: Path) -> None:
+def test_a_cluster_that_dies(ceph: Ceph, tmp_path: Path) -> None:
     """All its daemons are killed while a disk is written: applications get errors in time, and the target ends."""
-    if missing():
-        pytest.skip("needs Ceph")
-    with started(tmp_path) as ceph:
-        image = ceph.image()
+    with started(tmp_path) as mortal:
+        image = mortal.image()
 
         async def run() -> None:
             kernel = SimKernel(paranoid=True)
             failures = []
             with trio.fail_after(HANGS):
                 async with open_target(kernel) as target:
-                    cluster = connection(ceph)
+                    cluster = connection(mortal)
                     device = await target.start_device(Rbd(POOL, image, cluster=cluster))
                     disk = kernel.block_device(device.dev_id)
                     await disk.write(0, bytes(4096))
-                    ceph.kill()
+                    mortal.kill()
                     set_bound(cluster, 1)
                     for request in (disk.write(0, b"x" * 4096), disk.read(4096, 4096)):
                         with pytest.raises(OSError) as caught:  # noqa: PT011 - whatever errno: ETIMEDOUT, mostly
