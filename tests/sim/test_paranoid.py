@@ -174,14 +174,22 @@ async def test_committed_results_are_looked_at(op: IoOp, result: int, kind: str 
 
 
 @pytest.mark.parametrize(
-    ("result", "kind"),
-    [(1024, None), (1, "short-read"), (1023, "short-read"), (0, None), (-5, None)],
+    ("op", "result", "kind"),
+    [
+        (IoOp.READ, 1024, None),
+        (IoOp.READ, 1, "short-read"),
+        (IoOp.READ, 1023, "short-read"),
+        (IoOp.READ, 0, None),
+        (IoOp.READ, -5, None),
+        (IoOp.DISCARD, 1, None),
+    ],
 )
-async def test_reads_that_the_server_fills_are_whole(result: int, kind: str | None) -> None:
+async def test_reads_that_the_server_fills_are_whole(op: IoOp, result: int, kind: str | None) -> None:
     """Where the server moves the data nobody delivers the rest of a short READ: it is committed whole, or as an error."""
     kernel = SimKernel(partition_scan=False)
-    async with machine(kernel) as m, live(m, flags=Feature.USER_COPY) as device:
-        device.disk.submit(IoOp.READ, 0, 1024)
+    discard = ParamsDiscard(discard_granularity=512, max_discard_sectors=64, max_discard_segments=1)
+    async with machine(kernel) as m, live(m, params=basic_params(discard=discard), flags=Feature.USER_COPY) as device:
+        device.disk.submit(op, 0, 1024)
         device.queue.commit(device.queue.event().tag, result)
         assert [violation.kind for violation in kernel.violations] == ([kind] if kind else [])
 
