@@ -1,4 +1,4 @@
-"""What each way of moving data costs, on real disks: ``python -m bench.modes`` as root on a kernel with ublk.
+"""What each way of moving data costs, on real disks: ``python bench/modes.py`` as root on a kernel with ublk.
 
 Three disks of this process, alike but for their mode, are used in turn by fio at random, several rounds long, so that what else the machine
 does meets all of them. The ratio is to mode copy, of the same load. Compare the rows of one run, not runs.
