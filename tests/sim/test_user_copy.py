@@ -54,6 +54,18 @@ def test_data_moves_by_pread_and_pwrite(version: tuple[int, int]) -> None:
     assert bytes(bio.data) == b"a" * 512 + b"b" * 512
 
 
+@pytest.mark.parametrize("version", [(6, 12), (7, 3)])
+def test_a_merged_read_reaches_each_of_its_parts(version: tuple[int, int]) -> None:
+    """Adjacent READs that became one request each get their own bytes of what the server moved."""
+    server = user_copy_server(version)
+    with server.disk.plugged():
+        parts = [server.disk.submit(IoOp.READ, number * 512, 512) for number in range(3)]
+    tag = server.delivered().user_data
+    assert server.char.pwrite(b"a" * 512 + b"b" * 512 + b"c" * 512, place(tag), task=server.tasks[0]) == 1536
+    server.commit(tag, 1536)
+    assert [bytes(part.data) for part in parts] == [b"a" * 512, b"b" * 512, b"c" * 512]
+
+
 def test_refusals() -> None:
     """Queue, tag and ownership EINVAL; direction EACCES, for the daemon and for others."""
     server = user_copy_server()
