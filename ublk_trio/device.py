@@ -589,7 +589,7 @@ class Device:
         settle_deadline = math.inf
         while not self._hopeless.is_set():
             now = trio.current_time()
-            if all(queue.is_done for queue in self._queues):
+            if done := all(queue.is_done for queue in self._queues):
                 settle_deadline = min(settle_deadline, now + _SETTLE_SECONDS_MAX)
                 calm_looks = calm_looks + 1 if held == (held := self._number_held()) else 0
                 if calm_looks >= _CALM_LOOKS or now > settle_deadline:
@@ -598,7 +598,7 @@ class Device:
                 calm_looks = 0
             if answered != (answered := sum(queue.answered for queue in self._queues)):
                 deadline = now + self.options.grace_seconds
-            elif now > deadline and calm_looks == 0:
+            elif not done and now > deadline:
                 return False
             await trio.sleep(_LOOK_SECONDS)
         return False
