@@ -6,6 +6,7 @@ import errno
 import functools
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import attrs
 import pytest
@@ -38,6 +39,17 @@ class Watched(Memory):
 
     async def aclose(self) -> None:
         self.closed += 1
+
+
+class SlowToOpen(Memory):
+    """Opens when it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(SIZE)
+        self.go_on = trio.Event()
+
+    async def open(self) -> None:
+        await self.go_on.wait()
 
 
 async def add(registry: Registry, name: str, backend: Backend | None = None, **options: Any) -> Bdev:
@@ -80,6 +92,15 @@ async def test_names_and_uuids_are_unique() -> None:
             await add(registry, "")
         assert registry.get(str(bdev.uuid).upper()) is bdev
         assert [each.name for each in registry] == ["a"]
+        uuid = uuid4()
+        slow = SlowToOpen()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(functools.partial(add, registry, "c", slow, uuid=uuid))
+            await trio.testing.wait_all_tasks_blocked()
+            for name, other in (("c", None), ("d", uuid)):
+                with raises(errno.EEXIST):
+                    await add(registry, name, uuid=other)
+            slow.go_on.set()
 
 
 async def test_what_stands_on_a_removed_bdev_goes_too() -> None:

@@ -53,7 +53,8 @@ class Registry:
         self.on_lost: Callable[[Bdev], None] = lambda bdev: None
         self._bdevs: dict[str, Bdev] = {}
         self._removals: dict[Bdev, _Removal] = {}
-        self._reserved: set[str] = set()
+        #: Names of those that are being opened, with their UUIDs.
+        self._reserved: dict[str, UUID] = {}
         self._added = trio.Event()
         self._closed = False
 
@@ -63,7 +64,7 @@ class Registry:
 
     def names(self) -> frozenset[str]:
         """The names that are taken: of bdevs that are there, or are still coming or going."""
-        return frozenset(self._bdevs) | self._reserved
+        return frozenset(self._bdevs) | frozenset(self._reserved)
 
     def get(self, name: str) -> Bdev:
         """The bdev of that name, or with that UUID. Raises `BackendError` (ENODEV)."""
@@ -107,9 +108,9 @@ class Registry:
         if name in self.names():
             raise BackendError(errno.EEXIST, f"there is a bdev {name!r} already: choose another name")
         bdev = Bdev(name, backend, product_name=product_name, uuid=uuid)
-        if any(each.uuid == bdev.uuid for each in self._bdevs.values()):
+        if bdev.uuid in self._reserved.values() or any(each.uuid == bdev.uuid for each in self._bdevs.values()):
             raise BackendError(errno.EEXIST, f"there is a bdev with uuid {bdev.uuid} already: choose another, or none")
-        self._reserved.add(name)
+        self._reserved[name] = bdev.uuid
         try:
             await bdev.open()
             try:
@@ -125,7 +126,7 @@ class Registry:
                     await bdev.aclose()
                 raise
         finally:
-            self._reserved.discard(name)
+            del self._reserved[name]
         self._bdevs[name] = bdev
         self._added.set()
         self._added = trio.Event()
