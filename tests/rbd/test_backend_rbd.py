@@ -292,6 +292,42 @@ async def test_resize(ceph: Ceph) -> None:
         assert await backend.rescan() == 2 * MIB
 
 
+async def test_resize_loses_nothing(ceph: Ceph) -> None:
+    """A size that is less than the image really has, whoever made it larger, or that no disk has, leaves it as it is."""
+    image = ceph.image(2 * MIB)
+    async with opened(ceph, image, block_size=4096) as backend:
+        await trio.to_thread.run_sync(lambda: ceph.rbd("resize", "--no-progress", "--size", "4M", f"{POOL}/{image}"))
+        backend.size = 2 * MIB
+        for size in (2 * MIB, 3 * MIB):
+            with pytest.raises(UsageError, match="would lose data: rbd resize --allow-shrink"):
+                await backend.resize(size)
+        for size, says in ((4 * MIB + 512, "not a multiple"), (1 << 63, r"smaller than 2\*\*63"), (1 << 70, "smaller")):
+            with pytest.raises(UsageError, match=says):
+                await backend.resize(size)
+        assert await backend.rescan() == 4 * MIB
+    async with opened(ceph, image, read_only=True) as backend:
+        with pytest.raises(OSError, match="open for reading alone, open it without read_only") as caught:
+            await backend.resize(8 * MIB)
+        assert caught.value.errno == errno.EROFS
+
+
+async def test_resize_loses_nothing_in_a_race(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does one when the image grows between question and call."""
+    right = Rbd._ask_size
+    image = ceph.image(2 * MIB)
+    async with opened(ceph, image) as backend:
+
+        def before_it_grew(backend: Rbd, image: Any) -> int:
+            return min(right(backend, image), 2 * MIB)
+
+        await trio.to_thread.run_sync(lambda: ceph.rbd("resize", "--no-progress", "--size", "4M", f"{POOL}/{image}"))
+        with monkeypatch.context() as patched:
+            patched.setattr(Rbd, "_ask_size", before_it_grew)
+            with pytest.raises(UsageError, match="would lose data"):
+                await backend.resize(3 * MIB)
+        assert await backend.rescan() == 4 * MIB
+
+
 async def test_resized_elsewhere(ceph: Ceph) -> None:
     """Another program's resize is told; beyond a smaller size requests fail with EIO, and a size that no disk has changes nothing."""
     image = ceph.image(2 * MIB)

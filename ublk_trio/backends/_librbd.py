@@ -2,7 +2,7 @@
 
 The libraries are looked for when the first cluster is opened, with cffi in ABI mode: nobody else needs Ceph, neither to build nor to
 import this package. Declarations are from Ceph's ``rados/librados.h`` and ``rbd/librbd.h``; these calls are in librados 2 and librbd 1
-since Ceph 16. All return 0, or a negative errno, if nothing else is said.
+since Ceph 16; who calls ``rbd_resize2`` looks first whether it is there. All return 0, or a negative errno, if nothing else is said.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ int rbd_open_read_only(rados_ioctx_t io, const char *name, rbd_image_t *image, c
 int rbd_close(rbd_image_t image);
 int rbd_get_size(rbd_image_t image, uint64_t *size);
 int rbd_resize(rbd_image_t image, uint64_t size);
+int rbd_resize2(rbd_image_t image, uint64_t size, bool allow_shrink, int (*progress)(uint64_t, uint64_t, void *), void *);
 int rbd_aio_create_completion(void *arg, void *callback, rbd_completion_t *c);
 int rbd_aio_read(rbd_image_t image, uint64_t off, size_t len, char *buf, rbd_completion_t c);
 int rbd_aio_write(rbd_image_t image, uint64_t off, size_t len, const char *buf, rbd_completion_t c);

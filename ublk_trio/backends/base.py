@@ -224,12 +224,17 @@ def check_geometry(backend: Backend) -> None:
         )
 
 
-def set_size(backend: Backend, size: int) -> None:
-    """Gives a backend another size, bytes. Raises `UsageError`, and changes nothing, when `check_geometry` would."""
+def check_size(backend: Backend, size: int) -> None:
+    """Raises `UsageError` when `check_geometry` would if the backend had that size, bytes."""
     # Of a copy: requests that run in threads read the size at any time.
     changed = copy.copy(backend)
     changed.size = size
     check_geometry(changed)
+
+
+def set_size(backend: Backend, size: int) -> None:
+    """Gives a backend another size, bytes. Raises `UsageError`, and changes nothing, when `check_size` does."""
+    check_size(backend, size)
     backend.size = size
 
 

@@ -34,7 +34,7 @@ import attrs
 import trio
 
 from ublk_trio.backends import _librbd
-from ublk_trio.backends.base import Backend, set_size
+from ublk_trio.backends.base import Backend, check_size, set_size
 from ublk_trio.backends.ceph import CephCluster, make_in_thread, shutdown
 from ublk_trio.errors import BackendError, UsageError, errno_text
 
@@ -164,18 +164,17 @@ class Rbd(Backend):
     async def resize(self, size: int) -> None:
         """Makes the image larger, bytes, in a thread.
 
-        Raises `UsageError` when no disk has that size, or the image is larger: making it smaller destroys what is there. `OSError` when
-        the cluster refuses. Cancelled: it waits for the thread.
+        Raises `UsageError`, and changes nothing, when no disk has that size, or the image is larger, whoever made it so: making it smaller
+        destroys what is there. `OSError` when it is open for reading alone (EROFS), or the cluster refuses. Cancelled: it waits for the
+        thread.
         """
         opened = self._opened()
-        if size < self.size:
-            mend = f"rbd resize --allow-shrink {self._spec()} does it"
-            raise UsageError(
-                f"backend {self}: {size} bytes are less than its {self.size}, which would lose data: {mend}"
+        check_size(self, size)
+        if self.read_only:
+            raise self._error(
+                errno.EROFS, "it can't be resized: it is open for reading alone, open it without read_only"
             )
-        result = await self._call(opened, lambda image: _librbd.load().rbd.rbd_resize(image, size))
-        if result < 0:
-            raise self._error(-result, "it can't be resized: check the cluster's health and the pool's quota")
+        await self._call(opened, lambda image: self._grow(image, size))
         set_size(self, size)
 
     async def _call(self, opened: _Open, function: Callable[[Any], int]) -> int:
@@ -386,6 +385,30 @@ class Rbd(Backend):
         library.rados.rados_ioctx_destroy(opened.ioctx)
         os.close(opened.eventfd)
         self._refuse(result, "what was not flushed may be lost")
+
+    def _grow(self, image: Any, size: int) -> int:
+        library = _librbd.load()
+        # The image's own size: somebody else may have changed it, and nobody have told us yet.
+        if size < (current := self._ask_size(image)):
+            raise self._would_lose_data(size, f"its {current}")
+        try:
+            resize2 = library.rbd.rbd_resize2
+        except AttributeError:
+            result = library.rbd.rbd_resize(image, size)
+        else:
+            # The library has no test for a null function, and calls it when another process has the lock and does the work.
+            progress = library.ffi.callback("int(uint64_t, uint64_t, void *)", lambda done, total, _: 0)
+            result = resize2(image, size, False, progress, library.ffi.NULL)
+        if result == -errno.EINVAL:
+            # It grew after we asked.
+            raise self._would_lose_data(size, "what it has by now")
+        if result < 0:
+            raise self._error(-result, "it can't be resized: check the cluster's health and the pool's quota")
+        return size
+
+    def _would_lose_data(self, size: int, current: str) -> UsageError:
+        mend = f"rbd resize --allow-shrink {self._spec()} does it"
+        return UsageError(f"backend {self}: {size} bytes are less than {current}, which would lose data: {mend}")
 
     def _ask_size(self, image: Any) -> int:
         library = _librbd.load()
