@@ -10,9 +10,11 @@ import socket
 import subprocess
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import trio
 
 #: What there must be, and the Debian packages with it: `tools/setup.sh` installs them.
 PROGRAMS = {"ceph-mon": "ceph-mon", "ceph-osd": "ceph-osd", "ceph": "ceph-common", "rbd": "ceph-common"}
@@ -151,6 +153,17 @@ class Ceph:
 
     def _words(self) -> str:
         return "\n".join(f"{log.name}:\n{log.read_text()}" for log in sorted(self.directory.glob("*.log")))
+
+
+async def failure(request: Callable[[], Awaitable[None]]) -> int | None:
+    """The errno with which a request fails in the end, however often it succeeds before: what comes over the network comes when it does."""
+    with trio.fail_after(COMMAND_SECONDS_MAX):
+        while True:
+            try:
+                await request()
+            except OSError as error:
+                return error.errno
+            await trio.sleep(0.02)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import trio
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.backends.backend_model import Step, check_against_model, scripts
-from tests.rbd.ceph import MIB, POOL, Ceph, started
+from tests.rbd.ceph import MIB, POOL, Ceph, failure, started
 from ublk_trio import DeviceOptions, SimKernel, open_target
 from ublk_trio.backends import CephCluster, Rbd, _librbd, capabilities, check_geometry, parse_backend, rbd
 from ublk_trio.errors import BackendError, UsageError
@@ -362,6 +363,68 @@ async def test_resized_elsewhere(ceph: Ceph) -> None:
             nursery.start_soon(wait)
             await trio.testing.wait_all_tasks_blocked()
             await backend.aclose()
+
+
+async def test_shrunk_with_nobody_waiting(ceph: Ceph) -> None:
+    """Beyond the end of an image that another program made smaller requests fail soon, whether a disk may have its size or not."""
+    image = ceph.image(2 * MIB)
+    async with opened(ceph, image, block_size=4096) as backend:
+        for size, accepted in ((MIB + 512, 2 * MIB), (MIB, MIB), (3 * 4096 + 512, MIB), (0, MIB)):
+            command = ("resize", "--no-progress", "--allow-shrink", "--size", f"{size}B", f"{POOL}/{image}")
+            await trio.to_thread.run_sync(ceph.rbd, *command)
+            last = size - size % 4096
+            assert await failure(partial(write, backend, last, b"x" * 4096)) == errno.EIO
+            assert backend.size == accepted
+            if last:
+                await write(backend, last - 4096, b"y" * 4096)
+                assert await read(backend, last - 4096, 4096) == b"y" * 4096
+
+
+async def test_a_size_is_told_once(ceph: Ceph) -> None:
+    """A size that came while nobody waited is told by the next call; then there is nothing to tell."""
+    async with opened(ceph, ceph.image(MIB)) as backend:
+        await backend.resize(2 * MIB)
+        assert await backend.next_size() == 2 * MIB
+        with trio.move_on_after(0.05) as scope:
+            await backend.next_size()
+        assert scope.cancelled_caught
+
+
+async def test_resized_while_it_is_opened(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resize in any moment of opening is seen: none falls between the question for the size and the watch."""
+    image = ceph.image(MIB)
+    right = Rbd._ask_size
+    asked: list[int] = []
+
+    def resized_then(backend: Rbd, handle: Any) -> int:
+        asked.append(right(backend, handle))
+        if len(asked) == 1:
+            ceph.rbd("resize", "--no-progress", "--size", "2M", f"{POOL}/{image}")
+        return asked[0] if len(asked) == 1 else right(backend, handle)
+
+    monkeypatch.setattr(Rbd, "_ask_size", resized_then)
+    async with opened(ceph, image) as backend:
+        with trio.fail_after(HANGS):
+            while backend.size != 2 * MIB:
+                await trio.sleep(0.02)
+        assert await backend.next_size() == 2 * MIB
+
+
+async def test_opening_fails_at_the_size(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image whose size can't be had is closed again, watch and all."""
+
+    def fails(backend: Rbd, image: Any) -> int:
+        raise OSError(errno.EIO, "no size")
+
+    image = ceph.image(MIB)
+    cluster = connection(ceph)
+    with monkeypatch.context() as patched:
+        patched.setattr(Rbd, "_ask_size", fails)
+        with pytest.raises(OSError, match="no size"):
+            await Rbd(POOL, image, cluster=cluster).open()
+    assert not cluster.is_open
+    async with opened(ceph, image) as backend:
+        assert backend.size == MIB
 
 
 # Connections

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.rbd.ceph import MIB, POOL, Ceph
+from tests.rbd.ceph import MIB, POOL, Ceph, failure
 from tests.service.bench import INVALID, Bench, open_bench, refused
 from ublk_trio.backends import Rbd
 from ublk_trio.bdev import Bdev
@@ -173,6 +173,21 @@ async def run_resized(ceph: Ceph, within: float = HANGS) -> None:
 async def test_a_disk_follows_its_image(ceph: Ceph) -> None:
     """A resize, whoever does it, is the live disk's."""
     await run_resized(ceph)
+
+
+async def test_shrunk_to_a_size_that_no_disk_has(ceph: Ceph) -> None:
+    """A live disk keeps its size then; what lies beyond the image's end is EIO, and what lies before it is served."""
+    image = ceph.image(2 * MIB)
+    async with open_bench() as bench:
+        await register(bench, ceph)
+        await create(bench, image, block_size=4096)
+        disk = await bench.start("r")
+        command = ("resize", "--no-progress", "--allow-shrink", "--size", f"{MIB + 512}B", f"{POOL}/{image}")
+        await trio.to_thread.run_sync(ceph.rbd, *command)
+        assert await failure(lambda: disk.write(MIB, DATA)) == errno.EIO
+        assert disk.size == 2 * MIB
+        await disk.write(MIB - len(DATA), DATA)
+        assert await disk.read(MIB - len(DATA), len(DATA)) == DATA
 
 
 async def test_removed_under_a_disk(ceph: Ceph) -> None:

@@ -13,8 +13,9 @@ Some facts, and what they mean:
   ``fua`` is a write with a flush after it.
 - *Discard* frees only whole pieces, 64 KiB if configuration says nothing else: `discard_granularity`. The rest of a range stays as it was.
 - *Zeroes.* With ``unmap`` objects are removed or cut; without, zeroes are written.
-- *Size.* Whoever resizes the image, in this process or elsewhere: librbd tells, and `next_size` returns. A request beyond the
-  size fails with EIO.
+- *Size.* Whoever resizes the image, in this process or elsewhere: librbd tells, it is asked for the size, and `next_size` returns. A request
+  beyond the size that the image has, be it a disk's or not, fails with EIO; one in the moment before we know may still be cut off by
+  librbd.
 - *Locks.* Images with the feature exclusive-lock have one writer at a time, but the lock changes hands whenever another one writes: nothing
   here keeps two machines from mounting one image.
 """
@@ -45,6 +46,8 @@ CLOSE_SECONDS: Final = 90.0
 #: Requests that one call hands over.
 _BATCH: Final = 64
 _FALLBACK_GRANULARITY: Final = 64 << 10
+#: Seconds between questions for a size that was not to be had.
+_ASK_AGAIN_SECONDS: Final = 1.0
 
 
 @attrs.define(eq=False)
@@ -56,7 +59,7 @@ class _Request:
     result: int = 0
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.define(kw_only=True, eq=False)
 class _Open:
     """An open image, as the library knows it, and what must live as long as it does."""
 
@@ -65,9 +68,14 @@ class _Open:
     #: Readable when requests are over.
     eventfd: int
     #: How the library's thread tells of a change: the C function, and its registration.
-    callback: Any
-    watch: int | None
-    size: int
+    callback: Any = None
+    watch: int | None = None
+    #: When it was opened.
+    size: int = 0
+    #: Set when the library told of a change that nobody has looked at.
+    changed: trio.Event = attrs.field(factory=trio.Event)
+    #: Around the task that looks.
+    following: trio.CancelScope = attrs.field(factory=trio.CancelScope)
     #: Those that are under way, by the address of their completion.
     requests: dict[int, _Request] = attrs.field(factory=dict)
     #: Held by a thread that makes a blocking call; nobody may close the image meanwhile.
@@ -107,9 +115,13 @@ class Rbd(Backend):
             raise UsageError(f"backend {self}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096")
         self.block_size = block_size
         self._open: _Open | None = None
-        #: How often the library told of a change, and of how many of these `next_size` has asked for the size.
-        self._changes = self._looked_at = 0
-        self._changed = trio.Event()
+        #: What the image has, which may be no disk's size; `size` is the last that is one.
+        self._size_now = 0
+        #: What `next_size` told last, and whether there may be something to tell again.
+        self._size_told = 0
+        self._resized = trio.Event()
+        #: Around each question for the size, so that the youngest answer is the last.
+        self._asking = trio.Lock()
         self._reaping = trio.CancelScope()
         self._reaped = trio.Event()
 
@@ -122,9 +134,9 @@ class Rbd(Backend):
         if self._open is not None:
             raise UsageError(f"backend {self}: open already: use one backend object per device")
         handle = await self.cluster.attach()
-        tell = self._teller(trio.lowlevel.current_trio_token())
+        token = trio.lowlevel.current_trio_token()
         # From here on the thread takes the image out of the cluster again, which must not go before it.
-        opened = await make_in_thread(lambda: self._open_image(handle, tell), self._close)
+        opened = await make_in_thread(lambda: self._open_image(handle, token), self._close)
         try:
             self._measure(opened.size)
         except BaseException:
@@ -132,8 +144,10 @@ class Rbd(Backend):
                 await trio.to_thread.run_sync(self._close, opened, limiter=trio.CapacityLimiter(1))
             raise
         self._open = opened
+        self._size_now = self._size_told = opened.size
         self._reaping, self._reaped = trio.CancelScope(), trio.Event()
         trio.lowlevel.spawn_system_task(self._reap, opened, name=f"requests of {self}")
+        trio.lowlevel.spawn_system_task(self._follow, opened, name=f"size of {self}")
 
     async def aclose(self) -> None:
         """Waits for requests that are under way, writes back what the cache holds, and closes the image, in a thread.
@@ -143,8 +157,9 @@ class Rbd(Backend):
         opened, self._open = self._open, None
         if opened is None:
             return
-        # Whoever waits for a change is woken up, and finds it closed.
-        self._note_change()
+        opened.following.cancel()
+        # Whoever waits for a size is woken up, and finds it closed.
+        self._wake()
         self._reaping.cancel()
         with trio.move_on_after(CLOSE_SECONDS, shield=True) as limit:
             await self._reaped.wait()
@@ -157,8 +172,7 @@ class Rbd(Backend):
 
         Raises `UsageError` when it is not open or no disk has that size, and `OSError` when it can't be asked; the size stays what it was.
         """
-        opened = self._opened()
-        set_size(self, await self._call(opened, self._ask_size))
+        await self._look(self._opened())
         return self.size
 
     async def resize(self, size: int) -> None:
@@ -174,10 +188,20 @@ class Rbd(Backend):
             raise self._error(
                 errno.EROFS, "it can't be resized: it is open for reading alone, open it without read_only"
             )
-        await self._call(opened, lambda image: self._grow(image, size))
-        set_size(self, size)
+        await self._look(opened, lambda image: self._grow(image, size))
 
-    async def _call(self, opened: _Open, function: Callable[[Any], int]) -> int:
+    async def _look(
+        self, opened: _Open, ask: Callable[[Any], int] | None = None, *, abandon_on_cancel: bool = False
+    ) -> None:
+        """Takes over the size that the image has now, which `ask` returns."""
+        async with self._asking:
+            size = await self._call(opened, ask or self._ask_size, abandon_on_cancel=abandon_on_cancel)
+            # Nobody comes between. First what `_within` looks at: it stands even if no disk has that size.
+            self._size_now = size
+            set_size(self, size)
+            self._wake()
+
+    async def _call(self, opened: _Open, function: Callable[[Any], int], *, abandon_on_cancel: bool = False) -> int:
         """A blocking call, in a thread. Raises `UsageError` when the image was closed before its turn came."""
 
         def call() -> int:
@@ -186,35 +210,41 @@ class Rbd(Backend):
                     raise UsageError(f"backend {self}: not open")
                 return function(opened.image)
 
-        return await trio.to_thread.run_sync(call, limiter=trio.CapacityLimiter(1))
+        return await trio.to_thread.run_sync(call, abandon_on_cancel=abandon_on_cancel, limiter=trio.CapacityLimiter(1))
 
     async def next_size(self) -> int:
-        """Returns when the image was resized, by `resize` or elsewhere: `size` is the new one then, bytes.
+        """Returns when the image was resized since the last call returned, or since `open`, by `resize` or elsewhere: `size` is the new
+        one then, bytes.
 
         Raises `trio.ClosedResourceError` when it is closed. A size that no disk has is logged, and passed over.
         """
-        before = self.size
-        while self.size == before:
-            opened = self._open
-            if opened is None:
-                raise trio.ClosedResourceError(f"backend {self} is closed")
-            changes = self._changes
-            if self._looked_at == changes:
-                await self._changed.wait()
-                continue
-            try:
-                await self.rescan()
-            except (OSError, UsageError) as error:
-                if self._open is not opened:
-                    continue
-                logger.warning("backend %s: its new size can't be had: %s", self, error)
-            self._looked_at = changes
+        before = self._size_told
+        while self._open is not None and self.size == before:
+            await self._resized.wait()
+        if self._open is None:
+            raise trio.ClosedResourceError(f"backend {self} is closed")
+        self._size_told = self.size
         return self.size
 
-    def _note_change(self) -> None:
-        self._changes += 1
-        self._changed.set()
-        self._changed = trio.Event()
+    async def _follow(self, opened: _Open) -> None:
+        """Asks for the size whenever the library tells of a change; a task of the whole run, from `open` to `aclose`."""
+        with opened.following:
+            while True:
+                await opened.changed.wait()
+                opened.changed = trio.Event()
+                try:
+                    # Who closes waits for the thread, if anybody has to.
+                    await self._look(opened, abandon_on_cancel=True)
+                except UsageError as error:
+                    logger.warning("backend %s: its new size is no disk's: %s", self, error)
+                except OSError as error:
+                    logger.warning("backend %s: its new size can't be had, and is asked for again: %s", self, error)
+                    opened.changed.set()
+                    await trio.sleep(_ASK_AGAIN_SECONDS)
+
+    def _wake(self) -> None:
+        self._resized.set()
+        self._resized = trio.Event()
 
     # Requests
 
@@ -308,7 +338,7 @@ class Rbd(Backend):
 
     def _within(self, offset: int, length: int) -> _Open:
         # librbd cuts off what lies beyond the end, and calls it done.
-        if offset + length > self.size:
+        if offset + length > min(self.size, self._size_now):
             raise OSError(errno.EIO, f"{self}: the image has become shorter than the disk")
         return self._opened()
 
@@ -323,7 +353,7 @@ class Rbd(Backend):
 
     # In a thread
 
-    def _open_image(self, handle: Any, tell: Callable[[], None]) -> _Open:
+    def _open_image(self, handle: Any, token: trio.lowlevel.TrioToken) -> _Open:
         library = _librbd.load()
         ffi, rados, rbd = library.ffi, library.rados, library.rbd
         ioctx, eventfd = ffi.NULL, -1
@@ -340,12 +370,19 @@ class Rbd(Backend):
                 eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 result = rbd.rbd_set_image_notification(image, eventfd, _librbd.EVENT_TYPE_EVENTFD)
                 self._refuse(result, "the image's events")
-                size = self._ask_size(image)
-                callback = ffi.callback("void(void *)", lambda _: tell())
+                opened = _Open(ioctx=ioctx, image=image, eventfd=eventfd)
+                opened.callback = ffi.callback("void(void *)", lambda _: _tell(token, opened))
                 watched = ffi.new("uint64_t *")
                 # An image that can't be watched is served all the same: its size is what it was, or what `rescan` finds.
-                result = rbd.rbd_update_watch(image, watched, callback, ffi.NULL)
-                watch = int(watched[0]) if result == 0 else None
+                result = rbd.rbd_update_watch(image, watched, opened.callback, ffi.NULL)
+                if result == 0:
+                    opened.watch = int(watched[0])
+                # Then: of a change before it nobody tells.
+                try:
+                    opened.size = self._ask_size(image)
+                except BaseException:
+                    self._unwatch(opened)
+                    raise
             except BaseException:
                 rbd.rbd_close(image)
                 raise
@@ -356,7 +393,7 @@ class Rbd(Backend):
                 rados.rados_ioctx_destroy(ioctx)
             self._leave()
             raise
-        return _Open(ioctx=ioctx, image=image, eventfd=eventfd, callback=callback, watch=watch, size=size)
+        return opened
 
     def _close(self, opened: _Open) -> None:
         # What nobody waits for any more is still the library's, with its buffer.
@@ -378,13 +415,16 @@ class Rbd(Backend):
 
     def _close_image(self, opened: _Open) -> None:
         library = _librbd.load()
-        if opened.watch is not None:
-            # Waits for a call that is under way.
-            library.rbd.rbd_update_unwatch(opened.image, opened.watch)
+        self._unwatch(opened)
         result = library.rbd.rbd_close(opened.image)
         library.rados.rados_ioctx_destroy(opened.ioctx)
         os.close(opened.eventfd)
         self._refuse(result, "what was not flushed may be lost")
+
+    def _unwatch(self, opened: _Open) -> None:
+        if opened.watch is not None:
+            # Waits for a call that is under way.
+            _librbd.load().rbd.rbd_update_unwatch(opened.image, opened.watch)
 
     def _grow(self, image: Any, size: int) -> int:
         library = _librbd.load()
@@ -415,17 +455,6 @@ class Rbd(Backend):
         size = library.ffi.new("uint64_t *")
         self._check(library.rbd.rbd_get_size(image, size), "size")
         return int(size[0])
-
-    def _teller(self, token: trio.lowlevel.TrioToken) -> Callable[[], None]:
-        """What a thread of the library calls when the image has changed in any way."""
-
-        def tell() -> None:
-            try:
-                token.run_sync_soon(self._note_change)
-            except trio.RunFinishedError:
-                return
-
-        return tell
 
     # What is told
 
@@ -465,3 +494,10 @@ class Rbd(Backend):
 
 def _address(completion: Any) -> int:
     return int(_librbd.load().ffi.cast("uintptr_t", completion))
+
+
+def _tell(token: trio.lowlevel.TrioToken, opened: _Open) -> None:
+    """What a thread of the library calls when the image has changed in any way."""
+    # The event of that moment: the task that looks makes a new one each time.
+    with suppress(trio.RunFinishedError):
+        token.run_sync_soon(lambda: opened.changed.set())
