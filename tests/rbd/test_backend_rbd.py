@@ -697,6 +697,36 @@ async def test_closing_waits_for_requests(ceph: Ceph) -> None:
         assert await read(backend, 0, 4096) == b"x" * 4096
 
 
+async def test_closing_answers_requests(ceph: Ceph) -> None:
+    """Whoever waits for a request when the image is closed gets its result, and the close waits for it."""
+    image = ceph.image()
+    backend = Rbd(POOL, image, cluster=connection(ceph))
+    await backend.open()
+    order: list[str] = []
+
+    async def written(offset: int) -> None:
+        await write(backend, offset, b"x" * 4096)
+        order.append("written")
+
+    async def close() -> None:
+        await backend.aclose()
+        order.append("closed")
+
+    with trio.fail_after(HANGS):
+        async with trio.open_nursery() as nursery:
+            with ceph.paused():
+                # The cache answers no write before the first flush.
+                for number in range(3):
+                    nursery.start_soon(written, number * 4096)
+                await trio.testing.wait_all_tasks_blocked()
+                nursery.start_soon(close)
+                await trio.testing.wait_all_tasks_blocked()
+                assert order == []
+    assert order == ["written"] * 3 + ["closed"]
+    async with opened(ceph, image) as backend:
+        assert await read(backend, 0, 3 * 4096) == b"x" * 3 * 4096
+
+
 async def test_closing_waits_for_calls(ceph: Ceph) -> None:
     """An image is not closed under a thread that asks it something; who asks later is told that it is closed."""
     order: list[str] = []
@@ -739,9 +769,19 @@ def test_closing_is_bounded(ceph: Ceph, monkeypatch: pytest.MonkeyPatch) -> None
         with trio.fail_after(HANGS), ceph.paused():
             with trio.move_on_after(0.1):
                 await write(backend, 0, bytes(4096), fua=True)
-            with pytest.raises(BackendError, match=r"not closed after 0\.3 s") as caught:
-                await backend.aclose()
-            assert caught.value.errno == errno.ETIMEDOUT
+            numbers: list[int | None] = []
+
+            async def waits() -> None:
+                with pytest.raises(OSError, match="write: ETIMEDOUT") as caught:
+                    await write(backend, 4096, bytes(4096), fua=True)
+                numbers.append(caught.value.errno)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(waits)
+                await trio.testing.wait_all_tasks_blocked()
+                with pytest.raises(BackendError, match=r"not closed after 0\.3 s") as caught:
+                    await backend.aclose()
+            assert [caught.value.errno, *numbers] == [errno.ETIMEDOUT] * 2
         return backend.cluster
 
     cluster = trio.run(run)

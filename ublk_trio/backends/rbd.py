@@ -43,6 +43,8 @@ logger = logging.getLogger("ublk_trio.backends")
 
 #: Seconds that closing may take; after that it goes on in a thread that nobody waits for.
 CLOSE_SECONDS: Final = 90.0
+#: Seconds in which a thread begins.
+_MOMENT_SECONDS: Final = 0.1
 #: Requests that one call hands over.
 _BATCH: Final = 64
 _FALLBACK_GRANULARITY: Final = 64 << 10
@@ -76,6 +78,9 @@ class _Open:
     changed: trio.Event = attrs.field(factory=trio.Event)
     #: Around the task that looks.
     following: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    #: Around the task that wakes up whose requests are over, and its end.
+    reaping: trio.CancelScope = attrs.field(factory=trio.CancelScope)
+    reaped: trio.Event = attrs.field(factory=trio.Event)
     #: Those that are under way, by the address of their completion.
     requests: dict[int, _Request] = attrs.field(factory=dict)
     #: Held by a thread that makes a blocking call; nobody may close the image meanwhile.
@@ -122,8 +127,6 @@ class Rbd(Backend):
         self._resized = trio.Event()
         #: Around each question for the size, so that the youngest answer is the last.
         self._asking = trio.Lock()
-        self._reaping = trio.CancelScope()
-        self._reaped = trio.Event()
 
     # Life
 
@@ -145,14 +148,14 @@ class Rbd(Backend):
             raise
         self._open = opened
         self._size_now = self._size_told = opened.size
-        self._reaping, self._reaped = trio.CancelScope(), trio.Event()
         trio.lowlevel.spawn_system_task(self._reap, opened, name=f"requests of {self}")
         trio.lowlevel.spawn_system_task(self._follow, opened, name=f"size of {self}")
 
     async def aclose(self) -> None:
         """Waits for requests that are under way, writes back what the cache holds, and closes the image, in a thread.
 
-        Raises `BackendError` (ETIMEDOUT) after `CLOSE_SECONDS`: then the thread goes on alone.
+        Raises `BackendError` (ETIMEDOUT) after `CLOSE_SECONDS`: then the thread goes on alone, and requests that are still under way fail
+        with ETIMEDOUT.
         """
         opened, self._open = self._open, None
         if opened is None:
@@ -160,12 +163,27 @@ class Rbd(Backend):
         opened.following.cancel()
         # Whoever waits for a size is woken up, and finds it closed.
         self._wake()
-        self._reaping.cancel()
-        with trio.move_on_after(CLOSE_SECONDS, shield=True) as limit:
-            await self._reaped.wait()
+        end = trio.current_time() + CLOSE_SECONDS
+        if not opened.requests:
+            opened.reaping.cancel()
+        with trio.move_on_at(end, shield=True):
+            await opened.reaped.wait()
+        if not opened.reaped.is_set():
+            await self._give_up(opened)
+        # A moment in any case: cancelled before it begins, the thread would not begin at all.
+        with trio.move_on_at(max(end, trio.current_time() + _MOMENT_SECONDS), shield=True) as limit:
             await trio.to_thread.run_sync(self._close, opened, abandon_on_cancel=True, limiter=trio.CapacityLimiter(1))
         if limit.cancelled_caught:
             raise self._error(errno.ETIMEDOUT, f"not closed after {CLOSE_SECONDS:g} s: the cluster does not answer")
+
+    async def _give_up(self, opened: _Open) -> None:
+        """Whoever still waits for a request is told that it failed; its buffer stays, since the library goes on with it."""
+        opened.reaping.cancel()
+        with trio.CancelScope(shield=True):
+            await opened.reaped.wait()
+        for request in opened.requests.values():
+            request.result = -errno.ETIMEDOUT
+            request.done.set()
 
     async def rescan(self) -> int:
         """Asks the image for its size anew, in a thread, and returns it: bytes.
@@ -311,13 +329,13 @@ class Rbd(Backend):
         return request.result
 
     async def _reap(self, opened: _Open) -> None:
-        """Wakes up those whose requests are over; a task of the whole run, from `open` to `aclose`."""
-        with self._reaping:
-            while True:
+        """Wakes up those whose requests are over; a task of the whole run, from `open` until the last is over that `aclose` finds."""
+        with opened.reaping:
+            while self._open is opened or opened.requests:
                 await trio.lowlevel.wait_readable(opened.eventfd)
                 for request in self._take_over(opened):
                     request.done.set()
-        self._reaped.set()
+        opened.reaped.set()
 
     def _take_over(self, opened: _Open) -> list[_Request]:
         """The requests that are over; the library is done with their buffers."""
