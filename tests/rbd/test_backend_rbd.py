@@ -427,6 +427,51 @@ async def test_opening_fails_at_the_size(ceph: Ceph, monkeypatch: pytest.MonkeyP
         assert backend.size == MIB
 
 
+async def run_reader(ceph: Ceph) -> None:
+    """An image that is open for reading alone, while another program gives it other sizes."""
+    image = ceph.image(MIB)
+    async with opened(ceph, image, read_only=True) as backend:
+        for size in ("2M", "1M"):
+            command = ("resize", "--no-progress", "--allow-shrink", "--size", size, f"{POOL}/{image}")
+            await trio.to_thread.run_sync(ceph.rbd, *command)
+            with trio.fail_after(5):
+                assert await backend.next_size() == int(size[0]) * MIB
+        with pytest.raises(OSError, match="discard: EROFS"):
+            await backend.discard(0, 64 << 10)
+        with pytest.raises(OSError, match="write_zeroes: EROFS"):
+            await backend.write_zeroes(0, 512, unmap=True)
+
+
+async def test_a_reader_follows(ceph: Ceph) -> None:
+    """One that is open for reading alone is told of another size, too, and writes in no way."""
+    await run_reader(ceph)
+
+
+@pytest.mark.parametrize("why", ["not permitted", "journal"])
+async def test_a_reader_that_may_not_write(ceph: Ceph, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without the capability to write reads all the same; so does one of an image with a journal, and its writer keeps the lock."""
+    image = ceph.image(MIB)
+    if why == "journal":
+        ceph.rbd("feature", "enable", f"{POOL}/{image}", "journaling")
+    right, refusals = Rbd._open_by, []
+
+    def open_by(backend: Rbd, opening: Any, ioctx: Any) -> Any:
+        if opening == _librbd.load().rbd.rbd_open and why == "not permitted":
+            refusals.append(backend)
+            raise BackendError(errno.EPERM, "not permitted")
+        return right(backend, opening, ioctx)
+
+    async with opened(ceph, image) as writer:
+        await write(writer, 0, b"x" * 512, fua=True)
+        monkeypatch.setattr(Rbd, "_open_by", open_by)
+        async with opened(ceph, image, read_only=True) as reader:
+            assert refusals == ([reader] if why == "not permitted" else [])
+            assert await read(reader, 0, 512) == b"x" * 512
+            (owner,) = json.loads(ceph.rbd("lock", "ls", "--format", "json", f"{POOL}/{image}"))
+            await write(writer, 0, b"y" * 512, fua=True)
+            assert json.loads(ceph.rbd("lock", "ls", "--format", "json", f"{POOL}/{image}")) == [owner]
+
+
 # Connections
 
 
@@ -918,9 +963,16 @@ async def run_bytes(ceph: Ceph) -> None:
     await trio.to_thread.run_sync(run_scripts, ceph, 30)
 
 
+def readers_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Rbd, "_open_for_reading", lambda backend, io: backend._open_by(_librbd.load().rbd.rbd_open_read_only, io)
+    )
+
+
 @pytest.mark.parametrize(
     ("plant", "run"),
     [
+        (readers_are_not_told, run_reader),
         (flush_does_nothing, run_durability),
         (fua_is_forgotten, run_durability),
         (written_a_block_too_far, run_bytes),
@@ -936,5 +988,5 @@ async def test_a_planted_bug_is_found(
 ) -> None:
     """Lost flushes, shifted and forgotten requests, results that nobody looks at: a test above notices each."""
     plant(monkeypatch)
-    with pytest.raises((AssertionError, pytest.fail.Exception)):
+    with pytest.raises((AssertionError, pytest.fail.Exception, trio.TooSlowError)):
         await run(ceph)

@@ -22,6 +22,8 @@ LIBRBD: Final = "librbd.so.1"
 EVENT_TYPE_EVENTFD: Final = 2
 #: Zero by writing zeroes, so that the space stays taken.
 WRITE_ZEROES_THICK: Final = 1
+#: An image that has a journal (RBD_FEATURE_JOURNALING).
+FEATURE_JOURNALING: Final = 1 << 6
 _DEBIAN: Final = {LIBRADOS: "librados2", LIBRBD: "librbd1"}
 
 _RADOS: Final = """
@@ -44,6 +46,7 @@ typedef void *rbd_completion_t;
 int rbd_open(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap_name);
 int rbd_open_read_only(rados_ioctx_t io, const char *name, rbd_image_t *image, const char *snap_name);
 int rbd_close(rbd_image_t image);
+int rbd_get_features(rbd_image_t image, uint64_t *features);
 int rbd_get_size(rbd_image_t image, uint64_t *size);
 int rbd_resize(rbd_image_t image, uint64_t size);
 int rbd_resize2(rbd_image_t image, uint64_t size, bool allow_shrink, int (*progress)(uint64_t, uint64_t, void *), void *);

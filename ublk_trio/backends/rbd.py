@@ -96,7 +96,8 @@ class Rbd(Backend):
         namespace: of the pool; empty is the pool's own.
         cluster: a connection. One that is open is shared, and must stay open; one that is not is opened and closed with the image. None
             is what ``ceph.conf`` says, as user admin.
-        read_only: open it for reading.
+        read_only: nothing is written. Another size is noticed only where the user may write and the image has no journal: Ceph tells no
+            other readers.
         block_size: logical block, bytes.
 
     `open` raises `BackendError`, one line with the mend: no such pool, image or namespace, a cluster that does not answer, a
@@ -281,7 +282,7 @@ class Rbd(Backend):
 
     async def write(self, offset: int, data: memoryview, *, fua: bool) -> None:
         """Writes all of it; with `fua`, flushes then."""
-        opened, length = self._within(offset, len(data)), len(data)
+        opened, length = self._writable(offset, len(data), "write"), len(data)
         library = _librbd.load()
         content = library.ffi.from_buffer(bytes(data))
         await self._finish(
@@ -297,13 +298,13 @@ class Rbd(Backend):
 
     async def discard(self, offset: int, length: int) -> None:
         """Frees the whole pieces of the range, which then read as zeroes."""
-        opened = self._within(offset, length)
+        opened = self._writable(offset, length, "discard")
         rbd = _librbd.load().rbd
         await self._finish(opened, "discard", None, lambda c: rbd.rbd_aio_discard(opened.image, offset, length, c))
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Zeroes the range; without `unmap` by writing."""
-        opened = self._within(offset, length)
+        opened = self._writable(offset, length, "write_zeroes")
         rbd = _librbd.load().rbd
         flags = 0 if unmap else _librbd.WRITE_ZEROES_THICK
         await self._finish(
@@ -360,6 +361,11 @@ class Rbd(Backend):
             raise OSError(errno.EIO, f"{self}: the image has become shorter than the disk")
         return self._opened()
 
+    def _writable(self, offset: int, length: int, operation: str) -> _Open:
+        if self.read_only:
+            self._check(-errno.EROFS, operation)
+        return self._within(offset, length)
+
     def _opened(self) -> _Open:
         if self._open is None:
             raise UsageError(f"backend {self}: not open")
@@ -380,10 +386,7 @@ class Rbd(Backend):
             self._refuse(rados.rados_ioctx_create(handle, _librbd.encode(self.pool), made), f"pool {self.pool!r}")
             ioctx = made[0]
             rados.rados_ioctx_set_namespace(ioctx, _librbd.encode(self.namespace))
-            made = ffi.new("rbd_image_t *")
-            opening = rbd.rbd_open_read_only if self.read_only else rbd.rbd_open
-            self._refuse(opening(ioctx, _librbd.encode(self.image), made, ffi.NULL), "the image")
-            image = made[0]
+            image = self._open_for_reading(ioctx) if self.read_only else self._open_by(rbd.rbd_open, ioctx)
             try:
                 eventfd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
                 result = rbd.rbd_set_image_notification(image, eventfd, _librbd.EVENT_TYPE_EVENTFD)
@@ -412,6 +415,28 @@ class Rbd(Backend):
             self._leave()
             raise
         return opened
+
+    def _open_by(self, opening: Callable[..., int], ioctx: Any) -> Any:
+        ffi = _librbd.load().ffi
+        made = ffi.new("rbd_image_t *")
+        self._refuse(opening(ioctx, _librbd.encode(self.image), made, ffi.NULL), "the image")
+        return made[0]
+
+    def _open_for_reading(self, ioctx: Any) -> Any:
+        """Opened to be written where that may be, though `_writable` lets nothing through: librbd watches no other image."""
+        library = _librbd.load()
+        try:
+            image = self._open_by(library.rbd.rbd_open, ioctx)
+        except BackendError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.EROFS):
+                raise
+        else:
+            features = library.ffi.new("uint64_t *")
+            if library.rbd.rbd_get_features(image, features) == 0 and not features[0] & _librbd.FEATURE_JOURNALING:
+                return image
+            # Of one with a journal a reader takes the writer's lock.
+            library.rbd.rbd_close(image)
+        return self._open_by(library.rbd.rbd_open_read_only, ioctx)
 
     def _close(self, opened: _Open) -> None:
         # What nobody waits for any more is still the library's, with its buffer.
