@@ -57,7 +57,8 @@ class Clusters:
         """Disconnect from a cluster. Raises `BackendError`: ENOENT; EBUSY while bdevs use it."""
         cluster = self.get(name).cluster
         if cluster.images:
-            raise BackendError(errno.EBUSY, f"{cluster.images} bdevs use cluster {name!r}: delete them first")
+            mend = "delete them first, or wait until those that are being opened or closed have ended"
+            raise BackendError(errno.EBUSY, f"{cluster.images} bdevs use cluster {name!r}: {mend}")
         del self._registered[name]
         with trio.CancelScope(shield=True):
             await cluster.aclose()
