@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
@@ -153,6 +154,13 @@ class Ceph:
 
     def _words(self) -> str:
         return "\n".join(f"{log.name}:\n{log.read_text()}" for log in sorted(self.directory.glob("*.log")))
+
+
+def threads_of_ceph() -> set[int]:
+    """Those of this process that are not Python's."""
+    # Python's last: one that it begins meanwhile is none of Ceph's.
+    threads = {int(task) for task in os.listdir("/proc/self/task")}
+    return threads - {thread.native_id for thread in threading.enumerate()}
 
 
 async def failure(request: Callable[[], Awaitable[None]]) -> int | None:

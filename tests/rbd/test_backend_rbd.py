@@ -22,7 +22,7 @@ import trio
 from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.backends.backend_model import Step, check_against_model, scripts
-from tests.rbd.ceph import MIB, POOL, Ceph, failure, started
+from tests.rbd.ceph import MIB, POOL, Ceph, failure, started, threads_of_ceph
 from ublk_trio import DeviceOptions, SimKernel, open_target
 from ublk_trio.backends import CephCluster, Rbd, _librbd, capabilities, check_geometry, parse_backend, rbd
 from ublk_trio.errors import BackendError, UsageError
@@ -497,6 +497,19 @@ async def test_shared_connection(ceph: Ceph) -> None:
     await cluster.aclose()
 
 
+async def test_disconnecting_when_cancelled(ceph: Ceph) -> None:
+    """A cancelled task disconnects all the same: nobody else has the handle."""
+    cluster = connection(ceph)
+    await cluster.open()
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await cluster.aclose()
+    assert not cluster.is_open
+    with trio.fail_after(HANGS):
+        while in_use()[1]:
+            await trio.sleep(0.02)
+
+
 async def test_a_connection_goes_with_its_last_image(ceph: Ceph) -> None:
     """One that an image opened is closed with the last image on it, and can be opened again."""
     first, second = ceph.image(), ceph.image()
@@ -532,14 +545,10 @@ async def test_cpus(ceph: Ceph) -> None:
     """Ceph's threads run on the CPUs that were given, and nobody else is moved."""
     before = os.sched_getaffinity(0)
     cpu = min(before)
-    ours = {int(task) for task in os.listdir("/proc/self/task")}
+    others = threads_of_ceph()
     cluster = CephCluster(config_file=ceph.config_file, cpus={cpu})
     await cluster.open()
-    confined = []
-    for task in {int(task) for task in os.listdir("/proc/self/task")} - ours:
-        name = Path(f"/proc/self/task/{task}/comm").read_text()
-        if not name.startswith("Trio"):
-            confined.append(os.sched_getaffinity(task))
+    confined = [os.sched_getaffinity(thread) for thread in threads_of_ceph() - others]
     await cluster.aclose()
     assert confined
     assert all(cpus == {cpu} for cpus in confined)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import trio
 
-from tests.rbd.ceph import MIB, POOL, Ceph, failure
+from tests.rbd.ceph import MIB, POOL, Ceph, failure, threads_of_ceph
 from tests.service.bench import INVALID, Bench, open_bench, refused
 from ublk_trio.backends import Rbd
 from ublk_trio.bdev import Bdev
@@ -62,7 +62,9 @@ async def test_life(ceph: Ceph) -> None:
             await bench.call("bdev_rbd_get_clusters_info", name="x")
         assert await create(bench, image, None) == "Ceph0"
         assert await create(bench, image, None, read_only=True) == "Ceph1"
-        with refused(errno.EBUSY, "2 bdevs use cluster 'c': delete them first"):
+        with refused(
+            errno.EBUSY, "2 bdevs use cluster 'c': delete them first, or wait until those that are being opened"
+        ):
             await bench.call("bdev_rbd_unregister_cluster", name="c")
         bdev = await bench.bdev("Ceph0")
         assert bdev["product_name"] == "Ceph Rbd Disk"
@@ -116,6 +118,38 @@ async def test_a_connection_of_its_own(ceph: Ceph, caplog: pytest.LogCaptureFixt
             "bdev_rbd_create: user_id is passed over: the cluster has its own",
             "bdev_rbd_create: config is passed over: the cluster has its own",
         ]
+
+
+async def run_beside_a_target(ceph: Ceph) -> None:
+    """Clusters that are made while a target has confined the process: with any mask that it could use before, and without."""
+    usable = os.sched_getaffinity(0)
+    first, last = min(usable), max(usable)
+    async with open_bench(target=False) as bench:
+        await bench.call("ublk_create_target", cpumask=format_cpumask({first}))
+        for number, mask in enumerate((None, format_cpumask({last}), format_cpumask(usable))):
+            before = threads_of_ceph()
+            params = {} if mask is None else {"core_mask": mask}
+            await register(bench, ceph, f"c{number}", **params)
+            await create(bench, ceph.image(), f"r{number}", cluster_name=f"c{number}")
+            disk = await bench.start(f"r{number}", number)
+            await disk.write(0, DATA)
+            await disk.flush()
+            made = threads_of_ceph() - before
+            assert made
+            expected = {last} if mask == format_cpumask({last}) else usable
+            assert [os.sched_getaffinity(task) for task in made] == [expected] * len(made)
+        before = threads_of_ceph()
+        options = {"mon_host": ceph.mon_host, "auth_client_required": "none"}
+        own = {"pool_name": POOL, "rbd_name": ceph.image(), "block_size": 512, "config": options}
+        await bench.call("bdev_rbd_create", **own)
+        made = threads_of_ceph() - before
+        assert [os.sched_getaffinity(task) for task in made] == [usable] * len(made)
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs: on one there is nothing to choose")
+async def test_cpus_beside_a_target(ceph: Ceph) -> None:
+    """Ceph's threads have the process's CPUs, not those to which a target has confined it."""
+    await run_beside_a_target(ceph)
 
 
 async def test_refusals(ceph: Ceph) -> None:

@@ -16,7 +16,8 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -107,12 +108,14 @@ class CephCluster:
             self._opening = False
 
     async def aclose(self) -> None:
-        """Disconnects, in a thread. Raises `UsageError`, and stays open, while images are open on it."""
+        """Disconnects, in a thread, also when it is cancelled. Raises `UsageError`, and stays open, while images are open on it."""
         if self._images:
             raise UsageError(f"{self} has {self._images} images open: close those first")
         handle, self._handle = self._handle, None
         if handle is not None:
-            await trio.to_thread.run_sync(shutdown, handle, limiter=trio.CapacityLimiter(1))
+            # Cancelled before it begins, the thread would not begin at all, and the connection stay.
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(shutdown, handle, limiter=trio.CapacityLimiter(1))
 
     async def attach(self) -> Any:
         """Enters an image, and returns librados' handle. A cluster that is not open is opened, and goes with its last image."""
@@ -137,13 +140,23 @@ class CephCluster:
         """What an option of Ceph's is now; None when this version has none of that name."""
         return _get_option(self._handle, name)
 
+    @contextmanager
+    def confined(self) -> Iterator[None]:
+        """What is called in here, in a thread, makes the library's threads where `cpus` says."""
+        if self.cpus is None:
+            yield
+            return
+        # Of this thread alone.
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cpus)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
+
     def _connect(self) -> Any:
         library = _librbd.load()
-        before = os.sched_getaffinity(0)
-        if self.cpus is not None:
-            # Of this thread alone.
-            os.sched_setaffinity(0, self.cpus)
-        try:
+        with self.confined():
             made = library.ffi.new("rados_t *")
             user = library.ffi.NULL if self.user is None else _librbd.encode(self.user)
             self._check(library.rados.rados_create(made, user), "no connection could be made: check user")
@@ -157,9 +170,6 @@ class CephCluster:
                 shutdown(handle)
                 raise
             return handle
-        finally:
-            if self.cpus is not None:
-                os.sched_setaffinity(0, before)
 
     def _configure(self, library: _librbd.Library, handle: Any) -> None:
         usual = {name: _get_option(handle, name) for name in (*_BOUNDS, *_QUIET)}

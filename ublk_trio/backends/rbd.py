@@ -139,8 +139,13 @@ class Rbd(Backend):
             raise UsageError(f"backend {self}: open already: use one backend object per device")
         handle = await self.cluster.attach()
         token = trio.lowlevel.current_trio_token()
+
+        def make() -> _Open:
+            with self.cluster.confined():
+                return self._open_image(handle, token)
+
         # From here on the thread takes the image out of the cluster again, which must not go before it.
-        opened = await make_in_thread(lambda: self._open_image(handle, token), self._close)
+        opened = await make_in_thread(make, self._close)
         try:
             self._measure(opened.size)
         except BaseException:

@@ -77,10 +77,15 @@ async def register_cluster(service: Service, params: RegisterCluster) -> str:
         config_file=params.config_file,
         config=params.config_param or {},
         keyring=params.key_file,
-        cpus=None if params.core_mask is None else parse_cpumask(params.core_mask),
+        cpus=_cpus(service, params.core_mask),
     )
     await service.clusters.register(params.name, cluster, msgspec.to_builtins(params))
     return params.name
+
+
+def _cpus(service: Service, mask: str | None) -> frozenset[int]:
+    # Not those of a target, which Ceph's threads would share with those that serve.
+    return service.cpus if mask is None else parse_cpumask(mask, allowed=service.cpus)
 
 
 async def unregister_cluster(service: Service, params: UnregisterCluster) -> bool:
@@ -110,7 +115,9 @@ async def rbd_create(service: Service, params: RbdCreate) -> str:
         cluster = service.clusters.get(params.cluster_name).cluster
     else:
         file = None if params.config is None else _NO_FILE
-        cluster = CephCluster(user=params.user_id, config_file=file, config=params.config or {})
+        cluster = CephCluster(
+            user=params.user_id, config_file=file, config=params.config or {}, cpus=_cpus(service, None)
+        )
     backend = Rbd(
         params.pool_name,
         params.rbd_name,

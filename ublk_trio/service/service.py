@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -71,6 +72,8 @@ class Service:
         unprivileged: bool,
     ) -> None:
         self.kernel = kernel
+        #: Where the process may run; a target with a mask confines it to fewer.
+        self.cpus = frozenset(os.sched_getaffinity(0))
         #: Whether disks are an ordinary user's if nothing else is said.
         self.unprivileged = unprivileged
         #: Connections to Ceph, which bdevs share.
