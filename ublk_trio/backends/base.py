@@ -190,14 +190,19 @@ def is_async(backend: Backend) -> bool:
     return backend.awaits or any(iscoroutinefunction(getattr(backend, name)) for name in capabilities(backend))
 
 
+def check_block_size(backend: Backend, block_size: int) -> None:
+    """Raises `UsageError`, one line with the mend, when the kernel would not take a disk with such logical blocks."""
+    if block_size not in (512, 1024, 2048, 4096):
+        raise UsageError(f"backend {backend}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096")
+
+
 def check_geometry(backend: Backend) -> None:
     """Raises `UsageError`, one line with the mend, when the kernel would not take a disk of these sizes. Ask after
     `Backend.open`.
     """
     name = f"backend {backend}"
     block = _integer(backend, name, "block_size")
-    if not (_is_power_of_two(block) and BLOCK_SIZE_MIN <= block <= BLOCK_SIZE_MAX):
-        raise UsageError(f"{name}: block_size {block} is not possible: use 512, 1024, 2048 or 4096")
+    check_block_size(backend, block)
     size = _integer(backend, name, "size")
     if size <= 0:
         raise UsageError(f"{name}: size {size} is not possible: a disk has at least one block of {block} bytes")

@@ -39,7 +39,16 @@ import trio
 
 from ublk_trio.backends import _linux
 from ublk_trio.backends._linux import BlockIoctl, Fallocate
-from ublk_trio.backends.base import BLOCK_SIZE_MAX, BLOCK_SIZE_MIN, Backend, Done, Result, fill_zeroes, set_size
+from ublk_trio.backends.base import (
+    BLOCK_SIZE_MAX,
+    BLOCK_SIZE_MIN,
+    Backend,
+    Done,
+    Result,
+    check_block_size,
+    fill_zeroes,
+    set_size,
+)
 from ublk_trio.errors import BackendError, UsageError, errno_text
 
 _PUNCH: Final = Fallocate.PUNCH_HOLE | Fallocate.KEEP_SIZE
@@ -80,10 +89,7 @@ class File(Backend):
         self.read_only = read_only
         self._block_size_wanted = block_size
         if block_size is not None:
-            if block_size not in (512, 1024, 2048, 4096):
-                raise UsageError(
-                    f"backend {self}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096"
-                )
+            check_block_size(self, block_size)
             self.block_size = block_size
         self._fd = -1
         self._is_block_device = False

@@ -35,7 +35,7 @@ import attrs
 import trio
 
 from ublk_trio.backends import _librbd
-from ublk_trio.backends.base import Backend, check_size, set_size
+from ublk_trio.backends.base import Backend, check_block_size, check_size, set_size
 from ublk_trio.backends.ceph import CephCluster, make_in_thread, shutdown
 from ublk_trio.errors import BackendError, UsageError, errno_text
 
@@ -117,8 +117,7 @@ class Rbd(Backend):
         self.pool, self.image, self.namespace = pool, image, namespace
         self.cluster = CephCluster() if cluster is None else cluster
         self.read_only = read_only
-        if block_size not in (512, 1024, 2048, 4096):
-            raise UsageError(f"backend {self}: block_size {block_size} is not possible: use 512, 1024, 2048 or 4096")
+        check_block_size(self, block_size)
         self.block_size = block_size
         self._open: _Open | None = None
         #: What the image has, which may be no disk's size; `size` is the last that is one.
